@@ -1,0 +1,207 @@
+//! The document a monitor is started with (`cofferdam-vmm --config FILE`): JSON, unknown fields refused.
+//!
+//! [`LaunchConfig::parse`] is the only way in: what it returns is within every bound stated here.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use protocol::container::ContainerSpec;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// The most vCPUs a VM can have: the guest kernel is built for as many.
+pub const VCPUS_MAX: u8 = 64;
+/// The least memory in which the guest kernel and the agent come up with room for a small container.
+pub const MEMORY_MIB_MIN: u32 = 48;
+/// The most memory a VM can have: 1 TiB, far below the guest-physical limit of every CPU with hardware virtualization.
+pub const MEMORY_MIB_MAX: u32 = 1 << 20;
+/// The most block devices a VM can have.
+pub const DRIVES_MAX: usize = 16;
+/// The longest document read: a container specification holds its program's arguments and environment, 2 MiB at most.
+const DOCUMENT_MAX: u64 = 8 << 20;
+/// The longest addition to the kernel command line; x86 Linux takes 2,048 bytes in all.
+const COMMAND_LINE_MAX: usize = 1024;
+
+/// Everything a monitor needs to know to boot, and what to run then.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LaunchConfig {
+    /// The machine.
+    pub vm: VmConfig,
+    /// The container to run in it. Without one the VM runs until its guest powers off.
+    #[serde(default)]
+    pub container: Option<ContainerSpec>,
+}
+
+/// A machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// The guest kernel: an uncompressed x86-64 ELF image (`vmlinux`).
+    pub kernel: PathBuf,
+    /// The initial RAM file system: an uncompressed newc archive.
+    #[serde(default)]
+    pub initramfs: Option<PathBuf>,
+    /// Words added at the end of the kernel command line.
+    #[serde(default)]
+    pub command_line: String,
+    /// The number of vCPUs, 1 to [`VCPUS_MAX`].
+    #[serde(default = "one")]
+    pub vcpus: u8,
+    /// Guest memory in MiB, [`MEMORY_MIB_MIN`] to [`MEMORY_MIB_MAX`].
+    pub memory_mib: u32,
+    /// Block devices, in the order in which the guest names them: `/dev/vda`, `/dev/vdb`, ….
+    #[serde(default)]
+    pub drives: Vec<DriveConfig>,
+    /// A socket path: the guest's vsock connection to port N of the host goes to the Unix socket `PATH_N`. Ports of
+    /// the container's own session come before it.
+    #[serde(default)]
+    pub vsock: Option<PathBuf>,
+    /// Whether the guest gets an early serial console, for finding out why a kernel dies before its console is up.
+    #[serde(default)]
+    pub serial: bool,
+}
+
+/// A block device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DriveConfig {
+    /// The file behind it.
+    pub file: DriveFile,
+    /// Whether writes are refused; enforced by the monitor, whatever the guest does.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// How the monitor gets at the file behind a block device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DriveFile {
+    /// A path.
+    Path(PathBuf),
+    /// The number of a file descriptor that the monitor inherits.
+    Descriptor(i32),
+}
+
+fn one() -> u8 {
+    1
+}
+
+/// Why a document was refused.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {}", path.display())]
+    Read {
+        /// Its path.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file is over the limit.
+    #[error("the configuration is over {DOCUMENT_MAX} bytes")]
+    TooLong,
+    /// The document is not JSON of the right shape.
+    #[error("the configuration is not valid")]
+    Syntax(#[source] serde_json::Error),
+    /// A number is out of its range.
+    #[error("{field} is {value}: give {least} to {most}")]
+    OutOfRange {
+        /// The field.
+        field: &'static str,
+        /// What it was.
+        value: u64,
+        /// The least allowed.
+        least: u64,
+        /// The most allowed.
+        most: u64,
+    },
+    /// A text has characters that its place cannot hold.
+    #[error("{field} {value:?} has a character other than printable ASCII")]
+    NotPrintable {
+        /// The field.
+        field: &'static str,
+        /// What it was.
+        value: String,
+    },
+}
+
+impl LaunchConfig {
+    /// Reads and checks a document.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names the field, its value and what is allowed.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let failed = |source| ConfigError::Read { path: path.to_owned(), source };
+        let mut bytes = Vec::new();
+        File::open(path).and_then(|file| file.take(DOCUMENT_MAX + 1).read_to_end(&mut bytes)).map_err(failed)?;
+        Self::parse(&bytes)
+    }
+
+    /// Checks a document.
+    ///
+    /// # Errors
+    /// As [`LaunchConfig::read`].
+    pub fn parse(bytes: &[u8]) -> Result<Self, ConfigError> {
+        if bytes.len() as u64 > DOCUMENT_MAX {
+            return Err(ConfigError::TooLong);
+        }
+        let config: Self = serde_json::from_slice(bytes).map_err(ConfigError::Syntax)?;
+        config.vm.check()?;
+        Ok(config)
+    }
+}
+
+impl VmConfig {
+    fn check(&self) -> Result<(), ConfigError> {
+        within("vcpus", self.vcpus.into(), 1, VCPUS_MAX.into())?;
+        within("memory_mib", self.memory_mib.into(), MEMORY_MIB_MIN.into(), MEMORY_MIB_MAX.into())?;
+        within("the number of drives", self.drives.len() as u64, 0, DRIVES_MAX as u64)?;
+        within("the length of command_line", self.command_line.len() as u64, 0, COMMAND_LINE_MAX as u64)?;
+        if !self.command_line.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+            return Err(ConfigError::NotPrintable { field: "command_line", value: self.command_line.clone() });
+        }
+        Ok(())
+    }
+}
+
+fn within(field: &'static str, value: u64, least: u64, most: u64) -> Result<(), ConfigError> {
+    if (least..=most).contains(&value) { Ok(()) } else { Err(ConfigError::OutOfRange { field, value, least, most }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(vm: &str) -> Result<LaunchConfig, ConfigError> {
+        LaunchConfig::parse(format!(r#"{{"vm":{vm}}}"#).as_bytes())
+    }
+
+    #[test]
+    fn the_least_document_is_enough() {
+        let config = parse(r#"{"kernel":"/k","memory_mib":128}"#).unwrap();
+        assert_eq!((config.vm.vcpus, config.vm.drives.len(), config.container), (1, 0, None));
+    }
+
+    #[test]
+    fn an_unknown_field_is_refused_by_name() {
+        let error = parse(r#"{"kernel":"/k","memory_mib":128,"memroy":1}"#).unwrap_err();
+        let ConfigError::Syntax(source) = error else { panic!("{error}") };
+        assert!(source.to_string().contains("memroy"), "{source}");
+    }
+
+    #[test]
+    fn numbers_out_of_range_are_refused_with_the_range() {
+        for vm in [r#"{"kernel":"/k","memory_mib":1}"#, r#"{"kernel":"/k","memory_mib":128,"vcpus":0}"#] {
+            assert!(matches!(parse(vm), Err(ConfigError::OutOfRange { .. })), "{vm}");
+        }
+    }
+
+    #[test]
+    fn a_command_line_cannot_smuggle_a_newline() {
+        let error = parse(r#"{"kernel":"/k","memory_mib":128,"command_line":"a\nb"}"#).unwrap_err();
+        assert!(matches!(error, ConfigError::NotPrintable { .. }));
+    }
+}
