@@ -1,1 +1,27 @@
-//! placeholder
+//! The virtio devices of a micro-VM and their MMIO transport.
+//!
+//! # Layout
+//! - [`device`]: the contract between a device and its transport.
+//! - [`queue`]: a virtqueue as devices use it: bounded, and broken for good when the driver breaks the rules.
+//! - [`mmio`]: the virtio-mmio transport; owns the queues and drives the device from the event loop.
+//! - [`blk`], [`console`], [`rng`], [`vsock`]: one device a file or folder, each in the same order: what it is, its
+//!   limits, its errors, the device, its request processing, its tests.
+//! - [`serial`]: an early-boot aid, not a virtio device.
+//!
+//! # Trust
+//! Everything a guest writes is untrusted: register values, descriptors, buffer contents. A request that makes no sense
+//! gets an error status; a queue that makes no sense breaks its device (DEVICE_NEEDS_RESET) until the driver resets it.
+//! Neither can make the monitor panic, wait, or allocate more than the constants in these files say.
+
+pub mod blk;
+pub mod console;
+pub mod device;
+pub mod guest_io;
+pub mod mmio;
+pub mod queue;
+pub mod rng;
+pub mod serial;
+pub mod vsock;
+
+/// Guest memory as every part of the monitor sees it.
+pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;

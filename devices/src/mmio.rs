@@ -1,0 +1,288 @@
+//! The virtio-mmio transport (VIRTIO 1.2 §4.2, "Virtio Over MMIO"), version 2 only.
+//!
+//! A transport owns one device, its queues and its registers under one lock, held by whichever thread has something to
+//! do with the device: a vCPU that touches a register, or the event loop when a queue was kicked or the backend is
+//! ready. The driver's notifications do not come this way: they are eventfds from the start.
+//!
+//! ```text
+//!   reset --ACKNOWLEDGE, DRIVER--> features --FEATURES_OK--> queues --DRIVER_OK--> running --rule broken--> needs reset
+//!     ^                                                                               |                        |
+//!     +------------------------------------- status = 0 ------------------------------+------------------------+
+//! ```
+
+use std::io;
+use std::os::fd::AsRawFd;
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
+    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
+};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::QueueT;
+
+use crate::GuestMemory;
+use crate::device::{Broken, Event, Resources, VirtioDevice};
+use crate::queue::{Interrupt, VirtQueue};
+
+/// The size of a device's register window in bytes.
+pub const WINDOW: u64 = 0x1000;
+/// The offset of the QueueNotify register, for `KVM_IOEVENTFD`.
+pub const QUEUE_NOTIFY: u64 = 0x50;
+
+const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+const VERSION: u32 = 2;
+const VENDOR: u32 = u32::from_le_bytes(*b"CFDM");
+const CONFIGURATION_SPACE: u64 = 0x100;
+/// The event's data for the device's own descriptor; queues have their index.
+const BACKEND: u32 = u32::MAX;
+
+const ACKNOWLEDGE: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
+const DRIVER: u32 = VIRTIO_CONFIG_S_DRIVER;
+const FEATURES_OK: u32 = VIRTIO_CONFIG_S_FEATURES_OK;
+const DRIVER_OK: u32 = VIRTIO_CONFIG_S_DRIVER_OK;
+const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
+const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
+
+/// One device behind a register window.
+pub struct MmioDevice {
+    device: Box<dyn VirtioDevice>,
+    memory: GuestMemory,
+    queues: Vec<VirtQueue>,
+    interrupt: Interrupt,
+    status: u32,
+    driver_features: u64,
+    device_features_high: bool,
+    driver_features_high: bool,
+    selected_queue: u32,
+}
+
+impl MmioDevice {
+    /// A device in its reset state.
+    ///
+    /// # Errors
+    /// When the system has no descriptor left.
+    pub fn new(device: Box<dyn VirtioDevice>, memory: GuestMemory) -> io::Result<Self> {
+        let interrupt = Interrupt::new()?;
+        let queues = (0u16..)
+            .zip(device.queue_sizes())
+            .map(|(index, size)| VirtQueue::new(index, *size, interrupt.clone()))
+            .collect::<io::Result<_>>()?;
+        Ok(Self {
+            device,
+            memory,
+            queues,
+            interrupt,
+            status: 0,
+            driver_features: 0,
+            device_features_high: false,
+            driver_features_high: false,
+            selected_queue: 0,
+        })
+    }
+
+    /// The device's interrupt.
+    pub fn interrupt(&self) -> &Interrupt {
+        &self.interrupt
+    }
+
+    /// The device's queues.
+    pub fn queues(&self) -> &[VirtQueue] {
+        &self.queues
+    }
+
+    /// Delivers what the guest already handed over (see [`VirtioDevice::flush`]).
+    pub fn flush(&mut self) {
+        for queue in 0..self.queues.len() {
+            self.dispatch(Event::Queue(u16::try_from(queue).unwrap_or(u16::MAX)));
+        }
+        self.device.flush();
+    }
+
+    /// Handles a read of the window at `offset`. Registers are 4 bytes wide and aligned; other accesses read as zero.
+    pub fn read(&mut self, offset: u64, data: &mut [u8]) {
+        if let Some(offset) = offset.checked_sub(CONFIGURATION_SPACE) {
+            // The window is 4 KiB, so this fits; a wrong caller reads zeros behind the configuration space.
+            self.device.read_config(usize::try_from(offset).unwrap_or(usize::MAX), data);
+            return;
+        }
+        let value = self.read_register(offset);
+        data.fill(0);
+        if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
+            *data = value.to_le_bytes();
+        }
+    }
+
+    /// Handles a write of the window at `offset`. Accesses that are not 4 bytes wide are ignored, and so are writes of
+    /// the configuration space: no device here has a writable field.
+    pub fn write(&mut self, offset: u64, data: &[u8]) {
+        if let (Ok(data), true) = (<[u8; 4]>::try_from(data), offset < CONFIGURATION_SPACE) {
+            self.write_register(offset, u32::from_le_bytes(data));
+        }
+    }
+
+    fn read_register(&mut self, offset: u64) -> u32 {
+        match offset {
+            0x00 => MAGIC,
+            0x04 => VERSION,
+            0x08 => self.device.device_type(),
+            0x0c => VENDOR,
+            0x10 => half(self.offered(), self.device_features_high),
+            0x34 => self.selected().map_or(0, |queue| queue.ring().max_size().into()),
+            0x44 => self.selected().map_or(0, |queue| queue.ring().ready().into()),
+            0x60 => self.interrupt.status(),
+            0x70 => self.status,
+            // SHMLenLow and SHMLenHigh: the device has no shared memory (§4.2.2.1).
+            0xb0 | 0xb4 => u32::MAX,
+            // ConfigGeneration: the configuration never changes while a driver could read it.
+            _ => 0,
+        }
+    }
+
+    fn write_register(&mut self, offset: u64, value: u32) {
+        match offset {
+            0x14 => self.device_features_high = value == 1,
+            0x20 if self.status & FEATURES_OK == 0 => {
+                let (keep, shift) = if self.driver_features_high { (0xffff_ffff, 32) } else { (!0xffff_ffff, 0) };
+                self.driver_features = self.driver_features & keep | u64::from(value) << shift;
+            }
+            0x24 => self.driver_features_high = value == 1,
+            0x30 => self.selected_queue = value,
+            0x64 => self.interrupt.acknowledge(value),
+            0x70 => self.set_status(value),
+            0x38 | 0x44 | 0x80..=0xa4 => self.configure_queue(offset, value),
+            // QueueNotify is an eventfd; what comes here is for a queue that does not exist.
+            _ => {}
+        }
+    }
+
+    /// Queue registers are writable only between FEATURES_OK and DRIVER_OK, so a running queue never moves (§4.2.3.2).
+    fn configure_queue(&mut self, offset: u64, value: u32) {
+        if self.status & (FEATURES_OK | DRIVER_OK | NEEDS_RESET | FAILED) != FEATURES_OK {
+            return;
+        }
+        let Some(queue) = self.selected() else { return };
+        let ring = queue.ring();
+        match offset {
+            0x38 => ring.set_size(u16::try_from(value).unwrap_or(0)),
+            0x44 => ring.set_ready(value == 1),
+            0x80 => ring.set_desc_table_address(Some(value), None),
+            0x84 => ring.set_desc_table_address(None, Some(value)),
+            0x90 => ring.set_avail_ring_address(Some(value), None),
+            0x94 => ring.set_avail_ring_address(None, Some(value)),
+            0xa0 => ring.set_used_ring_address(Some(value), None),
+            0xa4 => ring.set_used_ring_address(None, Some(value)),
+            _ => {}
+        }
+    }
+
+    fn set_status(&mut self, value: u32) {
+        if value == 0 {
+            self.reset();
+            return;
+        }
+        // A driver may only add bits (§2.1.1), one step after the other; DEVICE_NEEDS_RESET is ours.
+        let added = value & !self.status & !NEEDS_RESET;
+        let needed = if added & DRIVER_OK != 0 {
+            ACKNOWLEDGE | DRIVER | FEATURES_OK
+        } else if added & FEATURES_OK != 0 {
+            ACKNOWLEDGE | DRIVER
+        } else {
+            0
+        };
+        if (self.status | added) & needed != needed || (self.status & NEEDS_RESET != 0 && added & DRIVER_OK != 0) {
+            return;
+        }
+        let mut accepted = added;
+        if added & FEATURES_OK != 0 && !self.features_acceptable() {
+            accepted &= !FEATURES_OK;
+        }
+        self.status |= accepted;
+        if accepted & DRIVER_OK != 0 {
+            self.start();
+        }
+    }
+
+    fn features_acceptable(&self) -> bool {
+        self.driver_features & !self.offered() == 0 && self.driver_features & 1 << VIRTIO_F_VERSION_1 != 0
+    }
+
+    fn start(&mut self) {
+        let event_idx = self.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        for queue in &mut self.queues {
+            queue.ring().set_event_idx(event_idx);
+            // A queue the driver did not set up stays unused; one that lies outside of memory is never touched.
+            if !queue.is_usable(&self.memory) {
+                queue.ring().set_ready(false);
+            }
+        }
+        self.device.start(self.driver_features);
+        // Buffers can have been made available before DRIVER_OK without a notification that counted.
+        for queue in &self.queues {
+            let _ = queue.kick().write(1);
+        }
+    }
+
+    fn reset(&mut self) {
+        self.status = 0;
+        self.driver_features = 0;
+        self.device_features_high = false;
+        self.driver_features_high = false;
+        self.selected_queue = 0;
+        self.interrupt.acknowledge(u32::MAX);
+        for queue in &mut self.queues {
+            queue.ring().reset();
+        }
+        self.device.reset();
+    }
+
+    fn offered(&self) -> u64 {
+        self.device.features()
+            | 1 << VIRTIO_F_VERSION_1
+            | 1 << VIRTIO_RING_F_EVENT_IDX
+            | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    }
+
+    fn selected(&mut self) -> Option<&mut VirtQueue> {
+        self.queues.get_mut(self.selected_queue as usize)
+    }
+
+    /// Calls the device, if it runs, and takes it out of service when the driver broke it.
+    fn dispatch(&mut self, event: Event) {
+        if self.status & DRIVER_OK == 0 || self.status & NEEDS_RESET != 0 {
+            return;
+        }
+        let resources = Resources { memory: &self.memory, queues: &mut self.queues };
+        if let Err(Broken::Queue { .. } | Broken::Chain { .. }) = self.device.process(resources, event) {
+            self.status |= NEEDS_RESET;
+            self.interrupt.raise(Interrupt::CONFIGURATION);
+        }
+    }
+}
+
+impl MutEventSubscriber for MmioDevice {
+    fn init(&mut self, ops: &mut EventOps) {
+        for (index, queue) in (0u32..).zip(&self.queues) {
+            ops.add(Events::with_data(queue.kick(), index, EventSet::IN)).expect("an eventfd can be watched");
+        }
+        if let Some(watched) = self.device.watched() {
+            ops.add(Events::with_data_raw(watched, BACKEND, EventSet::IN)).expect("a device's descriptor can be watched");
+        }
+    }
+
+    fn process(&mut self, events: Events, _: &mut EventOps) {
+        if events.data() == BACKEND {
+            self.dispatch(Event::Backend);
+        } else if let Some((index, queue)) = (0u16..).zip(&self.queues).find(|(_, q)| q.kick().as_raw_fd() == events.fd()) {
+            // Cleared before the queue is looked at, so that a kick in between is not lost.
+            let _ = queue.kick().read();
+            self.dispatch(Event::Queue(index));
+        }
+    }
+}
+
+fn half(value: u64, high: bool) -> u32 {
+    let bytes = value.to_le_bytes();
+    let [a, b, c, d, e, f, g, h] = bytes;
+    u32::from_le_bytes(if high { [e, f, g, h] } else { [a, b, c, d] })
+}

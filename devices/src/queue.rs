@@ -1,0 +1,187 @@
+//! A virtqueue as devices use it (VIRTIO 1.2 §2.7, "Split Virtqueues"; the ring itself is the `virtio-queue` crate).
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::GuestMemory;
+use crate::device::Broken;
+
+/// The largest queue that any of our devices offers.
+pub const QUEUE_SIZE_MAX: u16 = 256;
+
+/// How many chains a device handles before it lets other devices have the event loop: as many as fit into the largest
+/// ring, so that an honest driver never notices, and a hostile one that refills its ring all the time cannot starve
+/// the rest.
+const BUDGET: u32 = QUEUE_SIZE_MAX as u32;
+
+/// A chain of buffers.
+pub type Chain<'m> = DescriptorChain<&'m GuestMemory>;
+
+/// The interrupt line of a device and the reason it was raised (VIRTIO 1.2 §4.2.2, InterruptStatus).
+#[derive(Debug, Clone)]
+pub struct Interrupt {
+    line: Arc<EventFd>,
+    status: Arc<AtomicU32>,
+}
+
+impl Interrupt {
+    /// The device used a buffer.
+    pub const USED: u32 = 1;
+    /// The device's configuration or status changed.
+    pub const CONFIGURATION: u32 = 2;
+
+    /// A line that is not raised.
+    ///
+    /// # Errors
+    /// When the system has no descriptor left.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { line: Arc::new(EventFd::new(EFD_NONBLOCK)?), status: Arc::default() })
+    }
+
+    /// The eventfd to connect with the VM's interrupt controller (`KVM_IRQFD`).
+    pub fn line(&self) -> &EventFd {
+        &self.line
+    }
+
+    /// Raises the line for the given reasons.
+    pub fn raise(&self, reasons: u32) {
+        self.status.fetch_or(reasons, Ordering::SeqCst);
+        // The only error is a counter at its maximum, and then the interrupt is already pending.
+        let _ = self.line.write(1);
+    }
+
+    /// The reasons not yet acknowledged.
+    pub fn status(&self) -> u32 {
+        self.status.load(Ordering::SeqCst)
+    }
+
+    /// The driver has seen these reasons.
+    pub fn acknowledge(&self, reasons: u32) {
+        self.status.fetch_and(!reasons, Ordering::SeqCst);
+    }
+}
+
+/// A queue, the event that says it has buffers, and the interrupt that says they were used.
+#[derive(Debug)]
+pub struct VirtQueue {
+    index: u16,
+    ring: Queue,
+    kick: EventFd,
+    interrupt: Interrupt,
+}
+
+impl VirtQueue {
+    /// A queue that the driver has not set up. `size` is a power of two, at most [`QUEUE_SIZE_MAX`].
+    ///
+    /// # Errors
+    /// When the system has no descriptor left, or the size is not allowed.
+    pub fn new(index: u16, size: u16, interrupt: Interrupt) -> io::Result<Self> {
+        let ring = Queue::new(size.min(QUEUE_SIZE_MAX)).map_err(io::Error::other)?;
+        Ok(Self { index, ring, kick: EventFd::new(EFD_NONBLOCK)?, interrupt })
+    }
+
+    /// The ring, for the transport's registers.
+    pub fn ring(&mut self) -> &mut Queue {
+        &mut self.ring
+    }
+
+    /// The eventfd to connect with the driver's notification (`KVM_IOEVENTFD`).
+    pub fn kick(&self) -> &EventFd {
+        &self.kick
+    }
+
+    /// Whether the driver made the queue ready and its rings lie in guest memory.
+    pub fn is_usable(&self, memory: &GuestMemory) -> bool {
+        self.ring.is_valid(memory)
+    }
+
+    /// Takes the next available chain.
+    ///
+    /// # Errors
+    /// [`Broken`] when the available index jumped by more than the queue's size, or the ring is not in memory.
+    pub fn pop<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Chain<'m>>, Broken> {
+        if !self.ring.ready() {
+            return Ok(None);
+        }
+        let queue = self.index;
+        let mut available = self.ring.iter(memory).map_err(|source| Broken::Queue { queue, source })?;
+        Ok(available.next())
+    }
+
+    /// Gives the chain that was taken last back, as if it had not been taken.
+    pub fn unpop(&mut self) {
+        self.ring.go_to_previous_position();
+    }
+
+    /// Returns a chain of which the device wrote `length` bytes.
+    ///
+    /// # Errors
+    /// [`Broken`] when the chain's head or the used ring is out of bounds.
+    pub fn push(&mut self, memory: &GuestMemory, head: u16, length: u32) -> Result<(), Broken> {
+        self.ring.add_used(memory, head, length).map_err(|source| self.broken(source))
+    }
+
+    /// Interrupts the driver if it wants to know of the buffers used since the last call.
+    ///
+    /// # Errors
+    /// [`Broken`] when the ring is not in memory.
+    pub fn signal(&mut self, memory: &GuestMemory) -> Result<(), Broken> {
+        if self.ring.needs_notification(memory).map_err(|source| self.broken(source))? {
+            self.interrupt.raise(Interrupt::USED);
+        }
+        Ok(())
+    }
+
+    /// Asks the driver to notify of the next buffer; says whether there is one already.
+    ///
+    /// # Errors
+    /// [`Broken`] when the ring is not in memory.
+    pub fn rearm(&mut self, memory: &GuestMemory) -> Result<bool, Broken> {
+        self.ring.enable_notification(memory).map_err(|source| self.broken(source))
+    }
+
+    /// Calls `handle` with each available chain; what it returns is how many bytes it wrote into it. Then interrupts the
+    /// driver if it asked for it. Stops after a bounded number of chains and asks the event loop for another turn.
+    ///
+    /// # Errors
+    /// [`Broken`] when the ring is not usable, or as `handle` says.
+    pub fn for_each<'m>(
+        &mut self,
+        memory: &'m GuestMemory,
+        mut handle: impl FnMut(Chain<'m>) -> Result<u32, Broken>,
+    ) -> Result<(), Broken> {
+        if !self.ring.ready() {
+            return Ok(());
+        }
+        let mut budget = BUDGET;
+        loop {
+            self.ring.disable_notification(memory).map_err(|source| self.broken(source))?;
+            while let Some(chain) = self.pop(memory)? {
+                let head = chain.head_index();
+                let written = handle(chain)?;
+                self.push(memory, head, written)?;
+                budget -= 1;
+                if budget == 0 {
+                    let _ = self.kick.write(1);
+                    return self.signal(memory);
+                }
+            }
+            if !self.rearm(memory)? {
+                return self.signal(memory);
+            }
+        }
+    }
+
+    /// The error for a chain that has no status byte to put an error into.
+    pub fn malformed(&self, reason: &'static str) -> Broken {
+        Broken::Chain { queue: self.index, reason }
+    }
+
+    fn broken(&self, source: virtio_queue::Error) -> Broken {
+        Broken::Queue { queue: self.index, source }
+    }
+}

@@ -1,0 +1,50 @@
+//! A 16550A serial port (COM1), output only, without interrupt: where a kernel prints before its console is up
+//! (`earlyprintk=serial`). Off unless asked for. The register model is the `vm-superio` crate's.
+
+use std::io;
+
+use vm_superio::serial::NoEvents;
+use vm_superio::{Serial as Registers, Trigger};
+
+use crate::console::ConsoleOutput;
+
+/// The first I/O port.
+pub const BASE: u16 = 0x3f8;
+/// The number of I/O ports.
+pub const PORTS: u16 = 8;
+
+/// Nobody listens to the port's interrupt.
+#[derive(Debug)]
+struct NoInterrupt;
+
+impl Trigger for NoInterrupt {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The serial port.
+#[derive(Debug)]
+pub struct Serial(Registers<NoInterrupt, NoEvents, ConsoleOutput>);
+
+impl Serial {
+    /// A port that writes to `output`.
+    pub fn new(output: ConsoleOutput) -> Self {
+        Self(Registers::new(NoInterrupt, output))
+    }
+
+    /// Handles `in` from port [`BASE`] + `offset`.
+    pub fn read(&mut self, offset: u16) -> u8 {
+        u8::try_from(offset).map_or(0xff, |offset| self.0.read(offset))
+    }
+
+    /// Handles `out` to port [`BASE`] + `offset`.
+    pub fn write(&mut self, offset: u16, value: u8) {
+        if let Ok(offset) = u8::try_from(offset) {
+            // Output cannot fail, and input does not exist.
+            let _ = self.0.write(offset, value);
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! The socket device (VIRTIO 1.2 §5.10, "Socket Device", device ID 19).
+//!
+//! Stream connections that the guest opens to ports of the host (CID 2); each becomes a Unix stream socket
+//! ([`ports`] says whose). The guest may send any packet at any time: one that fits no connection is answered with RST,
+//! one that breaks the rules of its connection ends it. Datagrams, SEQPACKET and connections opened by the host are not
+//! supported.
+//!
+//! - [`connection`]: one connection: credit, buffering, half-close.
+//! - [`muxer`]: all of them: from packets to connections and back.
+
+mod connection;
+mod muxer;
+pub mod ports;
+
+use std::io;
+use std::os::fd::RawFd;
+
+use virtio_vsock::packet::{PKT_HEADER_SIZE, VsockPacket};
+
+use self::muxer::Muxer;
+use self::ports::HostPorts;
+use crate::GuestMemory;
+use crate::device::{Broken, Event, Resources, VirtioDevice, read_config_bytes};
+use crate::queue::{QUEUE_SIZE_MAX, VirtQueue};
+
+/// The guest's address. Each monitor has a socket device of its own, so every guest can have the same.
+pub const GUEST_CID: u64 = 3;
+/// The host's address (§5.10.4).
+pub const HOST_CID: u64 = 2;
+
+/// The most payload in a packet (§5.10.6; also what Linux sends at most).
+const PAYLOAD_MAX: u32 = 64 << 10;
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+const QUEUE_SIZES: [u16; 3] = [QUEUE_SIZE_MAX, QUEUE_SIZE_MAX, 16];
+
+/// The socket device.
+#[derive(Debug)]
+pub struct Vsock {
+    muxer: Muxer,
+}
+
+impl Vsock {
+    /// A device that connects the guest to `ports`.
+    ///
+    /// # Errors
+    /// When the system has no descriptor left.
+    pub fn new(ports: HostPorts) -> io::Result<Self> {
+        Ok(Self { muxer: Muxer::new(ports)? })
+    }
+
+    /// Gives the guest what there is for it, as far as it has buffers.
+    fn deliver(&mut self, memory: &GuestMemory, queue: &mut VirtQueue) -> Result<(), Broken> {
+        let mut budget = QUEUE_SIZE_MAX;
+        while self.muxer.has_packets() {
+            let Some(mut chain) = queue.pop(memory)? else {
+                // Look once more after asking for a notification: a buffer may have come in between.
+                if queue.rearm(memory)? {
+                    continue;
+                }
+                break;
+            };
+            let head = chain.head_index();
+            let mut packet = VsockPacket::from_rx_virtq_chain(memory, &mut chain, PAYLOAD_MAX)
+                .map_err(|_| queue.malformed("a receive buffer has no room for a packet"))?;
+            let Some(payload) = self.muxer.next_packet(&mut packet) else {
+                queue.unpop();
+                break;
+            };
+            queue.push(memory, head, PKT_HEADER_SIZE as u32 + payload)?;
+            budget -= 1;
+            if budget == 0 {
+                let _ = queue.kick().write(1);
+                break;
+            }
+        }
+        queue.signal(memory)
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn device_type(&self) -> u32 {
+        virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK
+    }
+
+    fn queue_sizes(&self) -> &'static [u16] {
+        &QUEUE_SIZES
+    }
+
+    fn read_config(&self, offset: usize, data: &mut [u8]) {
+        read_config_bytes(&GUEST_CID.to_le_bytes(), offset, data);
+    }
+
+    fn start(&mut self, _: u64) {}
+
+    fn process(&mut self, resources: Resources<'_>, event: Event) -> Result<(), Broken> {
+        let Resources { memory, queues } = resources;
+        if event == Event::Backend {
+            self.muxer.poll();
+        }
+        if event == Event::Queue(TRANSMIT as u16)
+            && let Some(queue) = queues.get_mut(TRANSMIT)
+        {
+            queue.for_each(memory, |mut chain| {
+                // A packet that is no packet cannot be answered; the buffer is returned, as for any other.
+                if let Ok(packet) = VsockPacket::from_tx_virtq_chain(memory, &mut chain, PAYLOAD_MAX) {
+                    self.muxer.receive(&packet);
+                }
+                Ok(0)
+            })?;
+        }
+        match queues.get_mut(RECEIVE) {
+            Some(queue) => self.deliver(memory, queue),
+            None => Ok(()),
+        }
+    }
+
+    fn reset(&mut self) {
+        self.muxer.reset();
+    }
+
+    fn watched(&self) -> Option<RawFd> {
+        Some(self.muxer.descriptor())
+    }
+
+    fn flush(&mut self) {
+        self.muxer.flush();
+    }
+}
