@@ -1,0 +1,325 @@
+//! From a request and an image to the document that a monitor is started with: every default is filled in here, and
+//! everything the host can check is checked before anything is started.
+
+use std::path::PathBuf;
+
+use api::config::{DriveConfig, DriveFile, LaunchConfig, VmConfig};
+use image::ImageConfig;
+use protocol::container::{
+    ContainerSpec, DEFAULT_MASKED_PATHS, DEFAULT_READONLY_PATHS, File, Limits, ProcessSpec, Rlimit, Rootfs, Seccomp,
+    Stdio, WindowSize,
+};
+use rustix::rand::{GetRandomFlags, getrandom};
+use thiserror::Error;
+
+use crate::capability;
+use crate::merge::{self, MergeError};
+use crate::request::{RunRequest, SecurityOption};
+use crate::size::{Host, SizeError, Sizes};
+
+/// The host ports that the agent dials for a foreground container's streams.
+const STDIN_PORT: u32 = 1025;
+const STDOUT_PORT: u32 = 1026;
+const STDERR_PORT: u32 = 1027;
+
+/// Tasks in a container when no limit is asked for: a fork bomb ends here, as under podman.
+const DEFAULT_PIDS: u64 = 2048;
+
+/// `/dev/shm` when no size is asked for, as docker and podman have it.
+const DEFAULT_SHM: u64 = 64 << 20;
+
+/// The open files a process may have: what the daemons of docker and podman hand down.
+const DEFAULT_NOFILE: Rlimit = Rlimit { resource: 7, soft: 1 << 20, hard: 1 << 20 };
+
+/// Processes of one user: the cgroup's limit is the one that counts.
+const DEFAULT_NPROC: Rlimit = Rlimit { resource: 6, soft: u64::MAX, hard: u64::MAX };
+
+/// The longest name that uname(2) holds.
+const HOSTNAME_MAX: usize = 64;
+
+/// How many characters of an id name a container where it is shown.
+const SHORT_ID: usize = 12;
+
+/// Why a request was refused.
+#[derive(Debug, Error)]
+pub enum SpecError {
+    /// Amounts.
+    #[error(transparent)]
+    Size(#[from] SizeError),
+    /// Image and request together.
+    #[error(transparent)]
+    Merge(#[from] MergeError),
+    /// A hostname that is none.
+    #[error(
+        "the hostname {name:?} is not 1 to {HOSTNAME_MAX} letters, digits, dots and hyphens, beginning with a letter or digit"
+    )]
+    Hostname {
+        /// What was given.
+        name: String,
+    },
+    /// A name that is none.
+    #[error("the name {name:?} is not 2 to 64 of [a-zA-Z0-9_.-], beginning with a letter or digit")]
+    Name {
+        /// What was given.
+        name: String,
+    },
+}
+
+/// A container's id: 32 hexadecimal digits, chosen at random.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ContainerId(String);
+
+impl ContainerId {
+    /// The number of its digits.
+    pub(crate) const LENGTH: usize = 32;
+
+    /// A new one.
+    ///
+    /// # Errors
+    /// The kernel's random numbers are not ready, early in boot.
+    pub fn generate() -> std::io::Result<Self> {
+        let mut bytes = [0u8; Self::LENGTH / 2];
+        getrandom(&mut bytes, GetRandomFlags::empty())?;
+        Ok(Self(format!("{:032x}", u128::from_ne_bytes(bytes))))
+    }
+
+    /// The whole id.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The first [`SHORT_ID`] digits, as shown to people and used as the hostname.
+    pub fn short(&self) -> &str {
+        &self.0[..SHORT_ID]
+    }
+}
+
+/// What is known of the machine beside the request.
+#[derive(Debug)]
+pub struct Machine {
+    /// The guest kernel.
+    pub kernel: PathBuf,
+    /// The initramfs with the agent.
+    pub initramfs: PathBuf,
+    /// The descriptor of the image's file, as the monitor inherits it.
+    pub image: i32,
+    /// The size of the caller's terminal, with `--tty`.
+    pub window: WindowSize,
+    /// What the host has.
+    pub host: Host,
+}
+
+/// Makes the document for a request. `lookup` is the caller's environment.
+///
+/// # Errors
+/// The first thing that is wrong with the request.
+pub fn launch_config(
+    id: &ContainerId,
+    request: &RunRequest,
+    image: &ImageConfig,
+    machine: Machine,
+    lookup: impl Fn(&str) -> Option<String>,
+) -> Result<LaunchConfig, SpecError> {
+    let sizes = Sizes::new(request.cpus, request.memory, machine.host)?;
+    let hostname = hostname(id, request)?;
+    let process = merge::merge(request, image, &hostname, lookup)?;
+    let process = ProcessSpec {
+        args: process.args,
+        env: process.env,
+        working_directory: process.working_directory,
+        user: process.user,
+        additional_groups: request.groups.clone(),
+        capabilities: capability::resolve(&request.capabilities_added, &request.capabilities_dropped),
+        rlimits: rlimits(request),
+        no_new_privileges: no_new_privileges(request),
+        seccomp: seccomp(request),
+        oom_score_adj: 0,
+        terminal: request.terminal.then_some(machine.window),
+        stdio: stdio(request),
+    };
+    let container = ContainerSpec {
+        id: id.as_str().to_owned(),
+        rootfs: Rootfs { device: "/dev/vda".to_owned(), read_only: request.read_only },
+        mounts: request.tmpfs.iter().map(|tmpfs| tmpfs.0.clone()).collect(),
+        files: files(&hostname),
+        hostname,
+        masked_paths: DEFAULT_MASKED_PATHS.map(str::to_owned).to_vec(),
+        readonly_paths: DEFAULT_READONLY_PATHS.map(str::to_owned).to_vec(),
+        limits: Limits {
+            memory_bytes: Some(sizes.memory_limit),
+            pids: request.pids.map_or(Some(DEFAULT_PIDS), |limit| limit.0),
+            cpu_quota_us: sizes.cpu_quota_us,
+        },
+        shm_bytes: request.shm_bytes.unwrap_or(DEFAULT_SHM),
+        process,
+    };
+    let vm = VmConfig {
+        kernel: machine.kernel,
+        initramfs: Some(machine.initramfs),
+        command_line: String::new(),
+        vcpus: sizes.vcpus,
+        memory_mib: sizes.memory_mib,
+        drives: vec![DriveConfig { file: DriveFile::Descriptor(machine.image), read_only: true }],
+        vsock: None,
+        serial: false,
+    };
+    Ok(LaunchConfig { vm, container: Some(container) })
+}
+
+/// Checks a `--name`.
+///
+/// # Errors
+/// [`SpecError::Name`].
+pub fn check_name(name: &str) -> Result<(), SpecError> {
+    let legal = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte));
+    if (2..=64).contains(&name.len()) && legal && name.as_bytes()[0].is_ascii_alphanumeric() {
+        return Ok(());
+    }
+    Err(SpecError::Name { name: name.to_owned() })
+}
+
+fn hostname(id: &ContainerId, request: &RunRequest) -> Result<String, SpecError> {
+    let Some(name) = &request.hostname else { return Ok(id.short().to_owned()) };
+    let legal = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b".-_".contains(&byte));
+    if (1..=HOSTNAME_MAX).contains(&name.len()) && legal && name.as_bytes()[0].is_ascii_alphanumeric() {
+        return Ok(name.clone());
+    }
+    Err(SpecError::Hostname { name: name.clone() })
+}
+
+fn rlimits(request: &RunRequest) -> Vec<Rlimit> {
+    let mut limits = vec![DEFAULT_NOFILE, DEFAULT_NPROC];
+    for asked in request.ulimits.iter().map(|ulimit| ulimit.0) {
+        limits.retain(|limit| limit.resource != asked.resource);
+        limits.push(asked);
+    }
+    limits
+}
+
+fn no_new_privileges(request: &RunRequest) -> bool {
+    let asked = request.security.iter().rev().find_map(|option| match option {
+        SecurityOption::NoNewPrivileges(on) => Some(*on),
+        _ => None,
+    });
+    asked.unwrap_or(false)
+}
+
+fn seccomp(request: &RunRequest) -> Seccomp {
+    let asked = request.security.iter().rev().find_map(|option| match option {
+        SecurityOption::Seccomp(profile) => Some(*profile),
+        _ => None,
+    });
+    asked.unwrap_or(Seccomp::Default)
+}
+
+fn stdio(request: &RunRequest) -> Stdio {
+    if request.terminal {
+        return Stdio { stdin: Some(STDIN_PORT), stdout: None, stderr: None };
+    }
+    Stdio { stdin: request.interactive.then_some(STDIN_PORT), stdout: Some(STDOUT_PORT), stderr: Some(STDERR_PORT) }
+}
+
+/// The files that name the container. There is no network but the loopback interface, so the resolver is told of no
+/// server: it then fails at once instead of waiting for one.
+fn files(hostname: &str) -> Vec<File> {
+    let hosts = format!(
+        "127.0.0.1\tlocalhost\n\
+         ::1\tlocalhost ip6-localhost ip6-loopback\n\
+         fe00::\tip6-localnet\n\
+         ff00::\tip6-mcastprefix\n\
+         ff02::1\tip6-allnodes\n\
+         ff02::2\tip6-allrouters\n\
+         127.0.1.1\t{hostname}\n"
+    );
+    let file = |path: &str, content: String| File { path: path.to_owned(), content: content.into_bytes(), mode: 0o644 };
+    vec![
+        file("/etc/hosts", hosts),
+        file("/etc/hostname", format!("{hostname}\n")),
+        file("/etc/resolv.conf", "# this container has no network\n".to_owned()),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::size::MIB;
+
+    fn config(request: &RunRequest) -> Result<LaunchConfig, SpecError> {
+        let machine = Machine {
+            kernel: "/k".into(),
+            initramfs: "/i".into(),
+            image: 9,
+            window: WindowSize { rows: 24, columns: 80 },
+            host: Host { cpus: 4, memory: 4 << 30 },
+        };
+        let image = ImageConfig { cmd: vec!["sh".into()], ..ImageConfig::default() };
+        launch_config(&ContainerId::generate().unwrap(), request, &image, machine, |_| None)
+    }
+
+    fn container(request: &RunRequest) -> ContainerSpec {
+        config(request).unwrap().container.unwrap()
+    }
+
+    #[test]
+    fn ids_are_new_each_time_and_name_the_host() {
+        let (one, other) = (ContainerId::generate().unwrap(), ContainerId::generate().unwrap());
+        assert_ne!(one, other);
+        assert_eq!((one.as_str().len(), one.short().len()), (32, 12));
+        let spec = container(&RunRequest::default());
+        assert_eq!(spec.hostname, spec.id[..12]);
+        assert!(spec.process.env.contains(&format!("HOSTNAME={}", spec.hostname)));
+    }
+
+    #[test]
+    fn the_defaults_are_those_of_docker() {
+        let spec = container(&RunRequest::default());
+        assert_eq!(spec.limits, Limits { memory_bytes: Some(440 * MIB), pids: Some(2048), cpu_quota_us: None });
+        assert_eq!(spec.shm_bytes, 64 << 20);
+        assert_eq!(spec.process.stdio, Stdio { stdin: None, stdout: Some(1026), stderr: Some(1027) });
+        assert!(spec.process.terminal.is_none() && !spec.process.no_new_privileges && !spec.rootfs.read_only);
+        assert_eq!(spec.process.rlimits[0], DEFAULT_NOFILE);
+    }
+
+    #[test]
+    fn a_terminal_is_one_stream_both_ways() {
+        let spec = container(&RunRequest { terminal: true, interactive: true, ..RunRequest::default() });
+        assert_eq!(spec.process.stdio, Stdio { stdin: Some(1025), stdout: None, stderr: None });
+        assert_eq!(spec.process.terminal, Some(WindowSize { rows: 24, columns: 80 }));
+    }
+
+    #[test]
+    fn what_is_asked_replaces_the_default() {
+        let request = RunRequest {
+            ulimits: vec!["nofile=10".parse().unwrap(), "nofile=20:30".parse().unwrap()],
+            security: vec!["no-new-privileges".parse().unwrap(), "seccomp=unconfined".parse().unwrap()],
+            pids: Some("-1".parse().unwrap()),
+            hostname: Some("box.example".into()),
+            ..RunRequest::default()
+        };
+        let spec = container(&request);
+        let nofile: Vec<_> = spec.process.rlimits.iter().filter(|limit| limit.resource == 7).collect();
+        assert_eq!(nofile, [&Rlimit { resource: 7, soft: 20, hard: 30 }]);
+        assert!(spec.process.no_new_privileges);
+        assert_eq!((spec.process.seccomp, spec.limits.pids), (Seccomp::Unconfined, None));
+        assert_eq!(spec.files[1].content, b"box.example\n");
+    }
+
+    #[test]
+    fn the_document_is_one_that_a_monitor_takes() {
+        let config = config(&RunRequest::default()).unwrap();
+        let json = serde_json::to_vec(&config).unwrap();
+        assert_eq!(LaunchConfig::parse(&json).unwrap(), config);
+    }
+
+    #[test]
+    fn names_and_hostnames_are_checked() {
+        for name in ["", "a", "-ab", ".ab", "a/b", "../x", "a b", "\u{e4}b", &"x".repeat(65)] {
+            assert!(check_name(name).is_err(), "{name:?}");
+        }
+        assert!(check_name("web-1.a_b").is_ok());
+        for name in ["", "-x", "a b", "a\nb", &"h".repeat(65)] {
+            let request = RunRequest { hostname: Some(name.to_owned()), ..RunRequest::default() };
+            assert!(matches!(config(&request), Err(SpecError::Hostname { .. })), "{name:?}");
+        }
+    }
+}

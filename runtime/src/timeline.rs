@@ -1,0 +1,58 @@
+//! When each phase of a start was over, written for whoever measures: one JSON object a line, appended to the file that
+//! `COFFERDAM_TIMELINE` names. All times are nanoseconds of CLOCK_MONOTONIC unless their names say otherwise.
+
+use std::fs::OpenOptions;
+use std::io::{self, Write as _};
+use std::path::Path;
+
+use api::control::Timeline;
+use protocol::ExitStatus;
+use rustix::time::{ClockId, clock_gettime};
+use serde::Serialize;
+
+/// Names the file.
+pub const TIMELINE_VARIABLE: &str = "COFFERDAM_TIMELINE";
+
+/// One run.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct RunTimeline {
+    /// This process's `main` began.
+    pub cli_started: u64,
+    /// The request was read and the image found.
+    pub image_found: u64,
+    /// The monitor was about to be started.
+    pub monitor_spawning: u64,
+    /// The monitor was started.
+    pub monitor_spawned: u64,
+    /// What the monitor reports.
+    #[serde(flatten)]
+    pub start: Timeline,
+    /// Guest time just before the program's `execve`, in microseconds.
+    pub guest_executed_us: u64,
+    /// The container's end was known, and the monitor gone.
+    pub finished: u64,
+}
+
+impl RunTimeline {
+    /// Takes over what is known at the end.
+    pub(crate) fn finish(&mut self, status: Option<&ExitStatus>) {
+        self.guest_executed_us = status.map_or(0, |status| status.executed_us);
+        self.finished = now();
+    }
+
+    /// Appends this run to a file.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn append(&self, path: &Path) -> io::Result<()> {
+        let mut line = serde_json::to_vec(self)?;
+        line.push(b'\n');
+        OpenOptions::new().append(true).create(true).open(path)?.write_all(&line)
+    }
+}
+
+/// CLOCK_MONOTONIC in nanoseconds.
+pub fn now() -> u64 {
+    let time = clock_gettime(ClockId::Monotonic);
+    u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0)
+}
