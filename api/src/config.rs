@@ -10,8 +10,8 @@ use protocol::container::ContainerSpec;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-/// The most vCPUs a VM can have: the guest kernel is built for as many.
-pub const VCPUS_MAX: u8 = 64;
+/// The most vCPUs a VM can have: what its CPU table has room for, and what Firecracker allows.
+pub const VCPUS_MAX: u8 = 32;
 /// The least memory in which the guest kernel and the agent come up with room for a small container.
 pub const MEMORY_MIB_MIN: u32 = 48;
 /// The most memory a VM can have: 1 TiB, far below the guest-physical limit of every CPU with hardware virtualization.

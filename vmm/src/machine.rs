@@ -1,0 +1,271 @@
+//! Building a VM, in phases that take each other's results: KVM and memory, then devices, then vCPUs.
+//!
+//! The order is what makes it fast: memory slots come before the interrupt controller, since changing them later waits
+//! for an SRCU grace period; there is no PIT, which would cost a kernel thread; devices register their eventfds last.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use api::config::{DriveConfig, DriveFile, VmConfig};
+use devices::GuestMemory;
+use devices::blk::Blk;
+use devices::console::{Console, ConsoleOutput};
+use devices::device::VirtioDevice;
+use devices::mmio::{MmioDevice, QUEUE_NOTIFY, WINDOW};
+use devices::rng::Rng;
+use devices::serial::Serial;
+use devices::vsock::Vsock;
+use devices::vsock::ports::HostPorts;
+use kvm_bindings::{CpuId, kvm_userspace_memory_region};
+use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
+use thiserror::Error;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::boot::{command_line, kernel, mp_table, registers, zero_page};
+use crate::cpuid;
+use crate::layout::{self, PAGE, VIRTIO, VIRTIO_IRQ};
+use crate::memory::{self, MemoryError};
+use crate::vcpu::Bus;
+
+/// Why a VM was not built.
+#[derive(Debug, Error)]
+pub enum MachineError {
+    /// KVM is not usable.
+    #[error("cannot open /dev/kvm: {}", open_hint(.0))]
+    OpenKvm(#[source] kvm_ioctls::Error),
+    /// A step that KVM refused.
+    #[error("KVM cannot {step}")]
+    Kvm {
+        /// What it was asked.
+        step: &'static str,
+        /// What it says.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// Guest memory is not as asked for.
+    #[error("cannot set guest memory up")]
+    Memory(#[from] MemoryError),
+    /// A file cannot be opened.
+    #[error("cannot open {what} {}", path.display())]
+    Open {
+        /// What it is for.
+        what: &'static str,
+        /// Its path.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel cannot be loaded.
+    #[error("cannot load the kernel {}", path.display())]
+    Kernel {
+        /// Its path.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: kernel::KernelError,
+    },
+    /// The initial RAM file system cannot be loaded.
+    #[error("the initial RAM file system {} does not fit: it has {length} bytes", path.display())]
+    Initramfs {
+        /// Its path.
+        path: PathBuf,
+        /// Its length.
+        length: u64,
+    },
+    /// The command line is too long.
+    #[error("the kernel command line is longer than {} bytes", layout::COMMAND_LINE_SIZE)]
+    CommandLine(#[source] linux_loader::cmdline::Error),
+    /// A device cannot be made.
+    #[error("cannot make the {device} device")]
+    Device {
+        /// Which.
+        device: &'static str,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn open_hint(error: &kvm_ioctls::Error) -> &'static str {
+    match error.errno() {
+        libc::ENOENT => "this machine offers no hardware virtualization, or the kvm module is not loaded",
+        libc::EACCES | libc::EPERM => "add yourself to the group that owns it (usually kvm)",
+        _ => "it is there, but does not open",
+    }
+}
+
+fn kvm(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> MachineError {
+    move |source| MachineError::Kvm { step, source }
+}
+
+/// A VM, ready for its vCPUs to run.
+pub struct Machine {
+    /// The vCPUs, by id.
+    pub vcpus: Vec<VcpuFd>,
+    /// What their exits are for.
+    pub bus: Bus,
+    /// What the guest prints.
+    pub console: ConsoleOutput,
+    /// The VM itself, to be held as long as it runs.
+    pub vm: VmFd,
+}
+
+/// Builds a VM whose guest finds the host's vsock ports at `ports`.
+///
+/// # Errors
+/// [`MachineError`] names the step, the file or the number.
+pub fn build(config: &VmConfig, ports: HostPorts, echo_console: bool) -> Result<Machine, MachineError> {
+    let kvm_device = Kvm::new().map_err(MachineError::OpenKvm)?;
+    let vm = kvm_device.create_vm().map_err(kvm("create a VM"))?;
+    let guest = memory::reserve(config.memory_mib)?;
+    add_memory(&vm, &guest)?;
+    vm.set_tss_address(layout::TSS).map_err(kvm("place the task state segment"))?;
+    vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
+
+    let console = ConsoleOutput::new(echo_console);
+    let devices = add_devices(config, &vm, &guest, ports, &console)?;
+    let serial = config.serial.then(|| Arc::new(Mutex::new(Serial::new(console.clone()))));
+    let entry = load(config, &guest, devices.len())?;
+    let vcpus = add_vcpus(&kvm_device, &vm, &guest, config.vcpus, entry)?;
+    Ok(Machine { vcpus, bus: Bus { devices: devices.into(), serial }, console, vm })
+}
+
+fn add_memory(vm: &VmFd, guest: &GuestMemory) -> Result<(), MachineError> {
+    for (slot, region) in (0u32..).zip(guest.iter()) {
+        let slot = kvm_userspace_memory_region {
+            slot,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+            flags: 0,
+        };
+        #[expect(unsafe_code, reason = "KVM gets memory by address")]
+        // SAFETY: the region is memory that was mapped for the guest and is never unmapped or used otherwise.
+        unsafe { vm.set_user_memory_region(slot) }.map_err(kvm("add guest memory"))?;
+    }
+    Ok(())
+}
+
+fn add_devices(
+    config: &VmConfig,
+    vm: &VmFd,
+    guest: &GuestMemory,
+    ports: HostPorts,
+    console: &ConsoleOutput,
+) -> Result<Vec<Arc<Mutex<MmioDevice>>>, MachineError> {
+    let failed = |device| move |source| MachineError::Device { device, source };
+    // Vsock first: the agent waits for it, and the kernel probes in this order.
+    let mut devices: Vec<(&'static str, Box<dyn VirtioDevice>)> =
+        vec![("vsock", Box::new(Vsock::new(ports).map_err(failed("vsock"))?))];
+    for (index, drive) in config.drives.iter().enumerate() {
+        let file = open_drive(drive)?;
+        let blk = Blk::new(file, drive.read_only, &format!("drive{index}")).map_err(failed("block"))?;
+        devices.push(("block", Box::new(blk)));
+    }
+    devices.push(("entropy", Box::new(Rng)));
+    devices.push(("console", Box::new(Console::new(console.clone()))));
+
+    (0u32..)
+        .zip(devices)
+        .map(|(index, (name, device))| {
+            let device = MmioDevice::new(device, guest.clone()).map_err(failed(name))?;
+            connect(vm, &device, index)?;
+            Ok(Arc::new(Mutex::new(device)))
+        })
+        .collect()
+}
+
+/// Connects a device's notifications and its interrupt with the VM.
+fn connect(vm: &VmFd, device: &MmioDevice, index: u32) -> Result<(), MachineError> {
+    let notify = IoEventAddress::Mmio(VIRTIO + u64::from(index) * WINDOW + QUEUE_NOTIFY);
+    for (number, queue) in (0u32..).zip(device.queues()) {
+        vm.register_ioevent(queue.kick(), &notify, number).map_err(kvm("connect a queue's notification"))?;
+    }
+    vm.register_irqfd(device.interrupt().line(), VIRTIO_IRQ + index).map_err(kvm("connect a device's interrupt"))
+}
+
+fn open_drive(drive: &DriveConfig) -> Result<File, MachineError> {
+    match &drive.file {
+        DriveFile::Path(path) => {
+            let opened = File::options().read(true).write(!drive.read_only).open(path);
+            opened.map_err(|source| MachineError::Open { what: "the drive", path: path.clone(), source })
+        }
+        DriveFile::Descriptor(number) => {
+            // Reopening gives a descriptor of our own, and tells one that is not there from one that is.
+            let path = PathBuf::from(format!("/proc/self/fd/{number}"));
+            let opened = File::options().read(true).write(!drive.read_only).open(&path);
+            opened.map_err(|source| MachineError::Open { what: "the inherited drive", path, source })
+        }
+    }
+}
+
+/// Puts the kernel and what it needs into guest memory and gives its entry point.
+fn load(config: &VmConfig, guest: &GuestMemory, devices: usize) -> Result<u64, MachineError> {
+    let path = &config.kernel;
+    let file = open("the kernel", path)?;
+    let kernel = kernel::load(guest, &file).map_err(|source| MachineError::Kernel { path: path.clone(), source })?;
+    let initramfs = config.initramfs.as_deref().map(|path| load_initramfs(guest, path, kernel.end)).transpose()?;
+    let line = command_line::build(devices, config.serial, &config.command_line).map_err(MachineError::CommandLine)?;
+    let line = line.as_cstring().map_err(MachineError::CommandLine)?;
+    let line = line.as_bytes_with_nul();
+    memory::write(guest, line, layout::COMMAND_LINE)?;
+    zero_page::write(guest, u32::try_from(line.len()).unwrap_or(u32::MAX), initramfs)?;
+    mp_table::write(guest, config.vcpus)?;
+    Ok(kernel.entry)
+}
+
+/// Maps the initial RAM file system at the end of memory below the device hole and gives its address and length.
+fn load_initramfs(guest: &GuestMemory, path: &Path, kernel_end: u64) -> Result<(u32, u32), MachineError> {
+    let file = open("the initial RAM file system", path)?;
+    let metadata = file.metadata();
+    let length = metadata
+        .map_err(|source| MachineError::Open { what: "the initial RAM file system", path: path.to_owned(), source })?
+        .len();
+    let too_long = || MachineError::Initramfs { path: path.to_owned(), length };
+    let low_end = guest.iter().next().map_or(0, GuestMemoryRegion::len);
+    let address = low_end.checked_sub(length).map(|address| address - address % PAGE).ok_or_else(too_long)?;
+    if address < kernel_end {
+        return Err(too_long());
+    }
+    memory::load(guest, &file, 0, address, length)?;
+    match (u32::try_from(address), u32::try_from(length)) {
+        (Ok(address), Ok(length)) => Ok((address, length)),
+        _ => Err(too_long()),
+    }
+}
+
+fn open(what: &'static str, path: &Path) -> Result<File, MachineError> {
+    File::open(path).map_err(|source| MachineError::Open { what, path: path.to_owned(), source })
+}
+
+fn add_vcpus(device: &Kvm, vm: &VmFd, guest: &GuestMemory, count: u8, entry: u64) -> Result<Vec<VcpuFd>, MachineError> {
+    let supported = cpuid::supported(device).map_err(kvm("tell what CPU it supports"))?;
+    (0..count)
+        .map(|id| {
+            let vcpu = vm.create_vcpu(id.into()).map_err(kvm("create a vCPU"))?;
+            let mut cpuid: CpuId = supported.clone();
+            cpuid::specialize(&mut cpuid, id, count);
+            vcpu.set_cpuid2(&cpuid).map_err(kvm("set a vCPU's CPUID"))?;
+            // The others wait for the first one to start them (INIT-SIPI).
+            if id == 0 {
+                let mut special = vcpu.get_sregs().map_err(kvm("read a vCPU's registers"))?;
+                registers::special(guest, &mut special)?;
+                vcpu.set_sregs(&special).map_err(kvm("set a vCPU's special registers"))?;
+                vcpu.set_regs(&registers::general(entry)).map_err(kvm("set a vCPU's registers"))?;
+            }
+            Ok(vcpu)
+        })
+        .collect()
+}
+
+impl Machine {
+    /// Delivers what the guest handed over before it ended, waiting for slow receivers.
+    pub fn flush(&self) {
+        for device in self.bus.devices.iter() {
+            device.lock().unwrap_or_else(PoisonError::into_inner).flush();
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! Guest memory: anonymous, reserved but not committed, with files mapped over it copy-on-write.
+//!
+//! Mapping the kernel and the initial RAM file system costs nothing per byte, and their unwritten pages are shared by
+//! all VMs of the host through its page cache.
+//!
+//! UNSAFETY: memory is mapped by hand, since no safe wrapper maps a file over a part of another mapping.
+
+#![expect(unsafe_code, reason = "mmap of guest memory")]
+
+use std::fs::File;
+use std::io;
+use std::ptr::null_mut;
+
+use devices::GuestMemory;
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
+use thiserror::Error;
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion, ReadVolatile, VolatileMemoryError,
+};
+
+use crate::layout::{ABOVE_4G, DEVICE_HOLE, PAGE};
+
+/// Why guest memory is not as asked for.
+#[derive(Debug, Error)]
+pub enum MemoryError {
+    /// The host has no address space, or no memory, for it.
+    #[error("cannot reserve {size_mib} MiB of guest memory")]
+    Reserve {
+        /// The size of the part, in MiB.
+        size_mib: u64,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// The parts do not make up guest memory.
+    #[error("cannot arrange guest memory")]
+    Arrange(#[source] vm_memory::mmap::FromRangesError),
+    /// A file cannot be mapped.
+    #[error("cannot map a file into guest memory")]
+    Map(#[source] io::Error),
+    /// A file cannot be read.
+    #[error("cannot read a file into guest memory")]
+    Read(#[source] VolatileMemoryError),
+    /// The guest has no RAM there.
+    #[error("{length:#x} bytes at {address:#x} do not fit into guest memory")]
+    OutOfBounds {
+        /// The guest-physical address.
+        address: u64,
+        /// The length in bytes.
+        length: u64,
+    },
+}
+
+/// Reserves guest memory: up to 3 GiB from 0, the rest from 4 GiB.
+///
+/// # Errors
+/// [`MemoryError::Reserve`] when the host refuses.
+pub fn reserve(size_mib: u32) -> Result<GuestMemory, MemoryError> {
+    let size = u64::from(size_mib) << 20;
+    let low = size.min(DEVICE_HOLE);
+    let mut regions = vec![region(0, low)?];
+    if size > low {
+        regions.push(region(ABOVE_4G, size - low)?);
+    }
+    GuestMemory::from_regions(regions).map_err(|error| MemoryError::Arrange(error.into()))
+}
+
+fn region(base: u64, size: u64) -> Result<GuestRegionMmap, MemoryError> {
+    let failed = |source: io::Error| MemoryError::Reserve { size_mib: size >> 20, source };
+    let length = usize::try_from(size).map_err(|_| failed(io::ErrorKind::OutOfMemory.into()))?;
+    let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
+    // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing. It is never unmapped: guest memory
+    // lives as long as the process, so every pointer into it stays valid.
+    let mapping = unsafe {
+        let start = mmap_anonymous(null_mut(), length, protection, flags).map_err(|error| failed(error.into()))?;
+        MmapRegion::build_raw(start.cast(), length, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE)
+    };
+    let mapping = mapping.map_err(|error| failed(io::Error::other(error)))?;
+    GuestRegionMmap::new(mapping, GuestAddress(base)).ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))
+}
+
+/// Puts `length` bytes of a file from `offset` at `address`: whole pages are mapped when the offset within a page allows,
+/// the rest is read. The caller has checked that the file is that long.
+///
+/// # Errors
+/// [`MemoryError::OutOfBounds`] when it does not fit into one stretch of RAM; the others as they say.
+pub fn load(memory: &GuestMemory, file: &File, offset: u64, address: u64, length: u64) -> Result<(), MemoryError> {
+    let out_of_bounds = MemoryError::OutOfBounds { address, length };
+    let region = memory.find_region(GuestAddress(address));
+    let Some(region) = region.filter(|region| {
+        address.checked_add(length).is_some_and(|end| end <= region.start_addr().0 + region.len())
+    }) else {
+        return Err(out_of_bounds);
+    };
+    let end = address + length;
+    let (mut first, mut last) = (address.next_multiple_of(PAGE), end - end % PAGE);
+    if address % PAGE != offset % PAGE || first >= last {
+        (first, last) = (end, end);
+    }
+    read(memory, file, offset, address, first.min(end) - address)?;
+    read(memory, file, offset + (last - address), last, end - last)?;
+    if first < last {
+        let start = region.as_ptr().wrapping_add(usize::try_from(first - region.start_addr().0).unwrap_or(usize::MAX));
+        let size = usize::try_from(last - first).unwrap_or(usize::MAX);
+        let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::FIXED);
+        // SAFETY: the pages lie within a region of guest memory, which was checked above, and guest memory is only
+        // reached through volatile accesses, so that replacing its content is no different from a write by the guest.
+        unsafe { mmap(start.cast(), size, protection, flags, file, offset + (first - address)) }
+            .map_err(|error| MemoryError::Map(error.into()))?;
+    }
+    Ok(())
+}
+
+fn read(memory: &GuestMemory, file: &File, offset: u64, address: u64, length: u64) -> Result<(), MemoryError> {
+    use std::io::Seek;
+    if length == 0 {
+        return Ok(());
+    }
+    let mut file = file;
+    file.seek(io::SeekFrom::Start(offset)).map_err(MemoryError::Map)?;
+    let size = usize::try_from(length).map_err(|_| MemoryError::OutOfBounds { address, length })?;
+    let mut slice = memory
+        .get_slice(GuestAddress(address), size)
+        .map_err(|_| MemoryError::OutOfBounds { address, length })?;
+    file.read_exact_volatile(&mut slice).map_err(MemoryError::Read)
+}
+
+/// Writes bytes at `address`.
+///
+/// # Errors
+/// [`MemoryError::OutOfBounds`] when the guest has no RAM there.
+pub fn write(memory: &GuestMemory, bytes: &[u8], address: u64) -> Result<(), MemoryError> {
+    let length = bytes.len() as u64;
+    memory.write_slice(bytes, GuestAddress(address)).map_err(|_| MemoryError::OutOfBounds { address, length })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn memory_over_3_gib_goes_on_above_the_device_hole() {
+        let memory = reserve(3 * 1024 + 16).unwrap();
+        let regions: Vec<_> = memory.iter().map(|region| (region.start_addr().0, region.len())).collect();
+        assert_eq!(regions, [(0, DEVICE_HOLE), (ABOVE_4G, 16 << 20)]);
+    }
+
+    #[test]
+    fn a_file_is_loaded_whatever_its_alignment() {
+        let memory = reserve(48).unwrap();
+        let content: Vec<u8> = (0..5 * PAGE).map(|i| (i / 7 % 251) as u8).collect();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&content).unwrap();
+        for (offset, address, length) in [(0, 0x20_0000, 5 * PAGE), (100, 0x30_0064, 3 * PAGE), (5, 0x40_0000, 2 * PAGE), (9, 0x50_0009, 10)] {
+            load(&memory, &file, offset, address, length).unwrap();
+            let mut loaded = vec![0; length as usize];
+            memory.read_slice(&mut loaded, GuestAddress(address)).unwrap();
+            assert_eq!(loaded, content[offset as usize..][..length as usize], "{offset} {address:#x} {length}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let memory = reserve(48).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        for (address, length) in [(48 << 20, 1), (47 << 20, 2 << 20), (u64::MAX - 10, 100), (DEVICE_HOLE, PAGE)] {
+            assert!(matches!(load(&memory, &file, 0, address, length), Err(MemoryError::OutOfBounds { .. })));
+        }
+    }
+}

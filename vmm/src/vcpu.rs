@@ -1,0 +1,124 @@
+//! A vCPU: one thread that runs guest code and handles its exits.
+//!
+//! Exits are rare by design: queue notifications are eventfds, interrupts and timers are the kernel's. What comes here is
+//! a driver that sets its device up, and the end of the guest.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use devices::mmio::{MmioDevice, WINDOW};
+use devices::serial::{self, Serial};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use thiserror::Error;
+
+use crate::layout::VIRTIO;
+
+/// How a guest ended by itself.
+#[derive(Debug, Error)]
+pub enum GuestEnd {
+    /// It powered off, rebooted or panicked: all are a triple fault (see the kernel command line).
+    #[error("the guest shut down")]
+    Shutdown,
+    /// KVM cannot run it.
+    #[error("vCPU {vcpu} cannot be run")]
+    Run {
+        /// The vCPU's id.
+        vcpu: u8,
+        /// What the system says.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// KVM gave up on it.
+    #[error("KVM stopped vCPU {vcpu} at instruction address {rip:#x}: {exit}")]
+    Stopped {
+        /// The vCPU's id.
+        vcpu: u8,
+        /// Where it was.
+        rip: u64,
+        /// The exit.
+        exit: String,
+    },
+}
+
+/// What an exit may be for.
+#[derive(Clone)]
+pub struct Bus {
+    /// The devices, in the order of their windows.
+    pub devices: Arc<[Arc<Mutex<MmioDevice>>]>,
+    /// The serial port, if there is one.
+    pub serial: Option<Arc<Mutex<Serial>>>,
+}
+
+impl Bus {
+    fn device(&self, address: u64) -> Option<(&Mutex<MmioDevice>, u64)> {
+        let offset = address.checked_sub(VIRTIO)?;
+        let device = self.devices.get(usize::try_from(offset / WINDOW).ok()?)?;
+        Some((device, offset % WINDOW))
+    }
+
+    fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        match self.device(address) {
+            Some((device, offset)) => device.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    fn mmio_write(&self, address: u64, data: &[u8]) {
+        if let Some((device, offset)) = self.device(address) {
+            device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
+        }
+    }
+
+    fn port(&self, port: u16) -> Option<(&Mutex<Serial>, u16)> {
+        let offset = port.checked_sub(serial::BASE).filter(|offset| *offset < serial::PORTS)?;
+        Some((self.serial.as_deref()?, offset))
+    }
+
+    fn port_read(&self, port: u16, data: &mut [u8]) {
+        // What is not there reads as all ones, as on a real bus.
+        data.fill(0xff);
+        if let (Some((serial, offset)), [value]) = (self.port(port), data) {
+            *value = serial.lock().unwrap_or_else(PoisonError::into_inner).read(offset);
+        }
+    }
+
+    fn port_write(&self, port: u16, data: &[u8]) {
+        if let (Some((serial, offset)), [value]) = (self.port(port), data) {
+            serial.lock().unwrap_or_else(PoisonError::into_inner).write(offset, *value);
+        }
+    }
+}
+
+/// Starts the thread of a vCPU. `ended` is called once, when the guest ends by this vCPU.
+///
+/// # Errors
+/// When the system has no thread left.
+pub fn spawn(
+    id: u8,
+    mut vcpu: VcpuFd,
+    bus: Bus,
+    ended: impl FnOnce(GuestEnd) + Send + 'static,
+) -> std::io::Result<thread::JoinHandle<()>> {
+    thread::Builder::new().name(format!("vcpu {id}")).spawn(move || ended(run(id, &mut vcpu, &bus)))
+}
+
+fn run(id: u8, vcpu: &mut VcpuFd, bus: &Bus) -> GuestEnd {
+    loop {
+        match vcpu.run() {
+            Ok(VcpuExit::MmioRead(address, data)) => bus.mmio_read(address, data),
+            Ok(VcpuExit::MmioWrite(address, data)) => bus.mmio_write(address, data),
+            Ok(VcpuExit::IoIn(port, data)) => bus.port_read(port, data),
+            Ok(VcpuExit::IoOut(port, data)) => bus.port_write(port, data),
+            Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => return GuestEnd::Shutdown,
+            // Nothing a guest with an in-kernel interrupt controller does on its own ends here.
+            Ok(exit) => {
+                let exit = format!("{exit:?}");
+                let rip = vcpu.get_regs().map_or(0, |registers| registers.rip);
+                return GuestEnd::Stopped { vcpu: id, rip, exit };
+            }
+            // A signal for this thread, or a guest that KVM wants to be run again.
+            Err(error) if error.errno() == libc::EINTR || error.errno() == libc::EAGAIN => {}
+            Err(source) => return GuestEnd::Run { vcpu: id, source },
+        }
+    }
+}
