@@ -1,0 +1,18 @@
+//! The default system call filter of a container: `resources/seccomp/container-default.json`, compiled while building.
+
+use std::io;
+
+use libc::sock_filter;
+
+use crate::sys;
+
+/// What a process may call with docker's default capabilities, and what is answered as if the kernel did not have it.
+static DEFAULT: [&[sock_filter]; 2] = include!(concat!(env!("OUT_DIR"), "/container_default.rs"));
+
+/// Puts the default filter on this process and all that it starts.
+///
+/// # Errors
+/// What seccomp(2) says.
+pub fn confine() -> io::Result<()> {
+    DEFAULT.iter().try_for_each(|program| sys::add_seccomp_filter(program))
+}
