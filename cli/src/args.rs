@@ -38,7 +38,7 @@ pub enum Verb {
     Version,
 }
 
-/// Flags of `run`.
+/// Run a program of an image in a new container
 #[derive(Debug, Args)]
 #[command(disable_help_flag = true, override_usage = "cofferdam run [OPTIONS] IMAGE [COMMAND] [ARG]...")]
 pub struct Run {
@@ -139,7 +139,7 @@ pub enum When {
     Never,
 }
 
-/// Flags of `pull`.
+/// Get an image from a registry, a directory or an archive
 #[derive(Debug, Args)]
 pub struct Pull {
     /// Show the image's id only
@@ -149,7 +149,7 @@ pub struct Pull {
     pub image: String,
 }
 
-/// Flags of `images`.
+/// List the images in the store
 #[derive(Debug, Args)]
 pub struct Images {
     /// Show ids only
@@ -169,7 +169,7 @@ pub enum Format {
     Json,
 }
 
-/// Flags of `rmi`.
+/// Remove images
 #[derive(Debug, Args)]
 pub struct Rmi {
     /// Remove the name even if a running container uses the image
@@ -180,7 +180,7 @@ pub struct Rmi {
     pub images: Vec<String>,
 }
 
-/// Flags of `prune`.
+/// Remove what no image in the store and no running container needs
 #[derive(Debug, Args)]
 pub struct Prune {
     /// Accepted for docker's sake: nothing is asked
@@ -188,7 +188,7 @@ pub struct Prune {
     pub force: bool,
 }
 
-/// Flags of `doctor`.
+/// Check whether this machine can run containers
 #[derive(Debug, Args)]
 pub struct Doctor {
     /// How to show the checks
@@ -197,4 +197,68 @@ pub struct Doctor {
     /// Make only these checks
     #[arg(value_name = "CHECK", value_parser = clap::builder::PossibleValuesParser::new(runtime::doctor::names()))]
     pub checks: Vec<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    fn run(words: &str) -> Run {
+        let words = ["cofferdam", "run"].into_iter().chain(words.split_whitespace());
+        match Cli::try_parse_from(words).unwrap().verb {
+            Verb::Run(run) => *run,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        let mut command = Cli::command();
+        command.build();
+        command.debug_assert();
+    }
+
+    #[test]
+    fn everything_after_the_image_is_the_containers() {
+        let args = run("-it --rm busybox sh -c -x --rm -v --help -- -e");
+        assert!(args.interactive && args.tty && args.rm);
+        assert_eq!(args.words, ["busybox", "sh", "-c", "-x", "--rm", "-v", "--help", "--", "-e"]);
+        assert!(args.later.refuse(None).is_ok());
+    }
+
+    #[test]
+    fn short_flags_mean_what_they_mean_in_docker() {
+        let args = run("-h box -m 1g -w /w -u 1:2 -e A=1 -e B --cpus=1.5 img");
+        assert_eq!((args.hostname.as_deref(), args.memory), (Some("box"), Some(Bytes(1 << 30))));
+        assert_eq!((args.workdir.as_deref(), args.user.as_deref(), args.env.len()), (Some("/w"), Some("1:2"), 2));
+        assert_eq!(args.words, ["img"]);
+    }
+
+    #[test]
+    fn what_does_not_work_yet_is_refused_by_name() {
+        for (words, flag) in [
+            ("-v /a:/b img", "--volume"),
+            ("--mount type=bind img", "--mount"),
+            ("-p 80:80 img", "--publish"),
+            ("-P img", "--publish-all"),
+            ("-d img", "--detach"),
+            ("--init img", "--init"),
+            ("--privileged img", "--privileged"),
+            ("--net host img", "--network host"),
+        ] {
+            let args = run(words);
+            let error = args.later.refuse(args.network.as_deref()).unwrap_err().to_string();
+            assert!(error.contains(flag), "{words}: {error}");
+        }
+        assert!(run("--network none img").later.refuse(Some("none")).is_ok());
+    }
+
+    #[test]
+    fn an_image_is_needed_and_may_be_all() {
+        assert!(Cli::try_parse_from(["cofferdam", "run"]).is_err());
+        assert!(Cli::try_parse_from(["cofferdam", "run", "-i"]).is_err());
+        assert_eq!(run("img").words, ["img"]);
+    }
 }

@@ -7,7 +7,7 @@ use anyhow::{Context as _, bail};
 use image::{Image, PullOptions, Reference, Store};
 use runtime::env_file;
 use runtime::request::RunRequest;
-use runtime::run::Finished;
+use runtime::run::{Finished, Plan};
 use runtime::size::MIB;
 use runtime::timeline::{self, RunTimeline, TIMELINE_VARIABLE};
 
@@ -20,9 +20,10 @@ pub fn run(args: Run, started: u64) -> anyhow::Result<u8> {
     args.later.refuse(args.network.as_deref())?;
     let (pull, quiet) = (args.pull, args.quiet);
     let (image, request) = request(args)?;
+    let plan = Plan::new(request)?;
     let image = find(&image, pull, quiet)?;
     let mut times = RunTimeline { cli_started: started, image_found: timeline::now(), ..RunTimeline::default() };
-    let finished = runtime::run::run(&request, &image, &mut times)?;
+    let finished = plan.run(&image, &mut times)?;
     if let Some(path) = env::var_os(TIMELINE_VARIABLE) {
         let path = Path::new(&path);
         times.append(path).with_context(|| format!("cannot write the timeline {}", path.display()))?;

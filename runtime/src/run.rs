@@ -5,16 +5,19 @@
 
 use std::env;
 use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::path::PathBuf;
 
+use api::config::LaunchConfig;
 use api::control::{EXIT_FAILED, Failure};
 use image::Image;
 use thiserror::Error;
 
 use crate::launch::{Ending, Launch, LaunchError};
+use crate::merge::MergeError;
 use crate::paths::{self, PathError};
 use crate::request::RunRequest;
-use crate::size::Host;
-use crate::spec::{self, ContainerId, Machine, SpecError};
+use crate::size::{Host, SizeError, Sizes};
+use crate::spec::{self, ContainerId, SpecError};
 use crate::state::{RunRoot, StateError};
 use crate::supervise::{Outcome, Signals, SuperviseError, supervise};
 use crate::terminal::{self, RawMode, TerminalError};
@@ -23,9 +26,15 @@ use crate::timeline::{self, RunTimeline};
 /// Why a container was not run.
 #[derive(Debug, Error)]
 pub enum RunError {
-    /// The request.
+    /// Names.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// Amounts.
+    #[error(transparent)]
+    Size(#[from] SizeError),
+    /// Request and image together.
+    #[error(transparent)]
+    Merge(#[from] MergeError),
     /// A part of the installation.
     #[error(transparent)]
     Path(#[from] PathError),
@@ -62,58 +71,77 @@ pub struct Finished {
     pub out_of_memory: Option<u64>,
 }
 
-/// Runs a container to its end. The times it took are left in `times`.
-///
-/// # Errors
-/// The container was not run, and nothing of it is left.
-pub fn run(request: &RunRequest, image: &Image, times: &mut RunTimeline) -> Result<Finished, RunError> {
-    let id = ContainerId::generate().map_err(RunError::Id)?;
-    if let Some(name) = &request.name {
-        spec::check_name(name)?;
-    }
-    // A terminal that only shows output needs none of ours.
-    let takes_keys = request.terminal && request.interactive;
-    if takes_keys {
-        terminal::check()?;
-    }
-    let monitor = paths::monitor()?;
-    let machine = Machine {
-        kernel: paths::kernel(request.kernel.as_deref())?,
-        initramfs: paths::initramfs()?,
-        image: image.lease.as_raw_fd(),
-        window: terminal::window_size(),
-        host: Host::read(),
-    };
-    let config = spec::launch_config(&id, request, &image.config, machine, |name| env::var(name).ok())?;
-    let memory_limit = config.container.as_ref().and_then(|container| container.limits.memory_bytes);
-    let document = serde_json::to_vec(&config).map_err(RunError::Encode)?;
-
-    // From here on signals are read, not delivered, so that whatever comes everything below is undone.
-    let signals = Signals::block()?;
-    let root = RunRoot::open()?;
-    let state = root.create(&id, request.name.as_deref())?;
-    let config = state.write("config.json", &document)?;
-    let raw = takes_keys.then(RawMode::enter).transpose()?;
-    let launch = Launch {
-        monitor: &monitor,
-        config: &config,
-        image: image.lease.as_fd(),
-        stdin: request.interactive,
-        mask: &signals.previous,
-    };
-    times.monitor_spawning = timeline::now();
-    let running = launch.spawn()?;
-    times.monitor_spawned = timeline::now();
-    root.sweep();
-    let outcome = supervise(running, &signals, request.terminal, |start| times.start = start);
-    drop(raw);
-    drop(state);
-    let outcome = outcome?;
-    times.finish(if let Outcome::Exited(status) = &outcome { Some(status) } else { None });
-    Ok(finished(outcome, memory_limit))
+/// A request that is in order as far as that can be told without its image.
+#[derive(Debug)]
+pub struct Plan {
+    request: RunRequest,
+    sizes: Sizes,
+    monitor: PathBuf,
+    kernel: PathBuf,
+    initramfs: PathBuf,
 }
 
-fn finished(outcome: Outcome, memory_limit: Option<u64>) -> Finished {
+impl Plan {
+    /// Checks a request against this host: what would fail later fails here, before an image is pulled for it.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
+    pub fn new(request: RunRequest) -> Result<Self, RunError> {
+        request.name.as_deref().map_or(Ok(()), spec::check_name)?;
+        request.hostname.as_deref().map_or(Ok(()), spec::check_hostname)?;
+        let sizes = Sizes::new(request.cpus, request.memory, Host::read())?;
+        if takes_keys(&request) {
+            terminal::check()?;
+        }
+        let kernel = paths::kernel(request.kernel.as_deref())?;
+        Ok(Self { sizes, monitor: paths::monitor()?, kernel, initramfs: paths::initramfs()?, request })
+    }
+
+    /// Runs the container to its end. The times it took are left in `times`.
+    ///
+    /// # Errors
+    /// The container was not run, and nothing of it is left.
+    pub fn run(self, image: &Image, times: &mut RunTimeline) -> Result<Finished, RunError> {
+        let Self { request, sizes, monitor, kernel, initramfs } = self;
+        let id = ContainerId::generate().map_err(RunError::Id)?;
+        let window = terminal::window_size();
+        let container = spec::container(&id, &request, &image.config, sizes, window, |name| env::var(name).ok())?;
+        let vm = spec::vm(sizes, kernel, initramfs, image.lease.as_raw_fd());
+        let document =
+            serde_json::to_vec(&LaunchConfig { vm, container: Some(container) }).map_err(RunError::Encode)?;
+
+        // From here on signals are read, not delivered, so that whatever comes everything below is undone.
+        let signals = Signals::block()?;
+        let root = RunRoot::open()?;
+        let state = root.create(&id, request.name.as_deref())?;
+        let config = state.write("config.json", &document)?;
+        let raw = takes_keys(&request).then(RawMode::enter).transpose()?;
+        let launch = Launch {
+            monitor: &monitor,
+            config: &config,
+            image: image.lease.as_fd(),
+            stdin: request.interactive,
+            mask: &signals.previous,
+        };
+        times.monitor_spawning = timeline::now();
+        let running = launch.spawn()?;
+        times.monitor_spawned = timeline::now();
+        root.sweep();
+        let outcome = supervise(running, &signals, request.terminal, |start| times.start = start);
+        drop(raw);
+        drop(state);
+        let outcome = outcome?;
+        times.finish(if let Outcome::Exited(status) = &outcome { Some(status) } else { None });
+        Ok(finished(outcome, sizes.memory_limit))
+    }
+}
+
+/// Whether the caller's keys go to the container. A terminal that only shows output needs none of ours.
+fn takes_keys(request: &RunRequest) -> bool {
+    request.terminal && request.interactive
+}
+
+fn finished(outcome: Outcome, memory_limit: u64) -> Finished {
     let failed =
         |exit_code, message: String| Finished { exit_code, failure: Some(message), console: None, out_of_memory: None };
     match outcome {
@@ -121,7 +149,7 @@ fn finished(outcome: Outcome, memory_limit: Option<u64>) -> Finished {
             exit_code: status.code,
             failure: None,
             console: None,
-            out_of_memory: memory_limit.filter(|_| status.out_of_memory),
+            out_of_memory: status.out_of_memory.then_some(memory_limit),
         },
         Outcome::Failed(Failure { exit_code, message, console }) => Finished { console, ..failed(exit_code, message) },
         Outcome::Cancelled(signal) => Finished {
@@ -147,15 +175,15 @@ mod tests {
 
     #[test]
     fn exit_codes_are_those_of_docker() {
-        let code = |outcome| finished(outcome, Some(1)).exit_code;
+        let code = |outcome| finished(outcome, 1).exit_code;
         let status = ExitStatus { code: 7, out_of_memory: true, executed_us: 0 };
         assert_eq!(code(Outcome::Exited(status)), 7);
-        assert_eq!(finished(Outcome::Exited(status), Some(1)).out_of_memory, Some(1));
+        assert_eq!(finished(Outcome::Exited(status), 1).out_of_memory, Some(1));
         let failure = Failure { exit_code: 127, message: "not found".into(), console: None };
         assert_eq!(code(Outcome::Failed(failure)), 127);
         assert_eq!(code(Outcome::Cancelled(15)), 143);
         assert_eq!(code(Outcome::Lost(Ending::Killed(9))), 125);
-        let lost = finished(Outcome::Lost(Ending::Killed(9)), None);
+        let lost = finished(Outcome::Lost(Ending::Killed(9)), 1);
         assert_eq!(lost.failure.as_deref(), Some("the monitor was killed by signal 9"));
     }
 }

@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use api::config::{DriveConfig, DriveFile, LaunchConfig, VmConfig};
+use api::config::{DriveConfig, DriveFile, VmConfig};
 use image::ImageConfig;
 use protocol::container::{
     ContainerSpec, DEFAULT_MASKED_PATHS, DEFAULT_READONLY_PATHS, File, Limits, ProcessSpec, Rlimit, Rootfs, Seccomp,
@@ -15,7 +15,7 @@ use thiserror::Error;
 use crate::capability;
 use crate::merge::{self, MergeError};
 use crate::request::{RunRequest, SecurityOption};
-use crate::size::{Host, SizeError, Sizes};
+use crate::size::Sizes;
 
 /// The host ports that the agent dials for a foreground container's streams.
 const STDIN_PORT: u32 = 1025;
@@ -43,12 +43,6 @@ const SHORT_ID: usize = 12;
 /// Why a request was refused.
 #[derive(Debug, Error)]
 pub enum SpecError {
-    /// Amounts.
-    #[error(transparent)]
-    Size(#[from] SizeError),
-    /// Image and request together.
-    #[error(transparent)]
-    Merge(#[from] MergeError),
     /// A hostname that is none.
     #[error(
         "the hostname {name:?} is not 1 to {HOSTNAME_MAX} letters, digits, dots and hyphens, beginning with a letter or digit"
@@ -94,34 +88,33 @@ impl ContainerId {
     }
 }
 
-/// What is known of the machine beside the request.
-#[derive(Debug)]
-pub struct Machine {
-    /// The guest kernel.
-    pub kernel: PathBuf,
-    /// The initramfs with the agent.
-    pub initramfs: PathBuf,
-    /// The descriptor of the image's file, as the monitor inherits it.
-    pub image: i32,
-    /// The size of the caller's terminal, with `--tty`.
-    pub window: WindowSize,
-    /// What the host has.
-    pub host: Host,
+/// The VM for a request.
+pub fn vm(sizes: Sizes, kernel: PathBuf, initramfs: PathBuf, image: i32) -> VmConfig {
+    VmConfig {
+        kernel,
+        initramfs: Some(initramfs),
+        command_line: String::new(),
+        vcpus: sizes.vcpus,
+        memory_mib: sizes.memory_mib,
+        drives: vec![DriveConfig { file: DriveFile::Descriptor(image), read_only: true }],
+        vsock: None,
+        serial: false,
+    }
 }
 
-/// Makes the document for a request. `lookup` is the caller's environment.
+/// The container for a request. `lookup` is the caller's environment, `window` the size of the caller's terminal.
 ///
 /// # Errors
-/// The first thing that is wrong with the request.
-pub fn launch_config(
+/// Request and image together make no process.
+pub fn container(
     id: &ContainerId,
     request: &RunRequest,
     image: &ImageConfig,
-    machine: Machine,
+    sizes: Sizes,
+    window: WindowSize,
     lookup: impl Fn(&str) -> Option<String>,
-) -> Result<LaunchConfig, SpecError> {
-    let sizes = Sizes::new(request.cpus, request.memory, machine.host)?;
-    let hostname = hostname(id, request)?;
+) -> Result<ContainerSpec, MergeError> {
+    let hostname = request.hostname.clone().unwrap_or_else(|| id.short().to_owned());
     let process = merge::merge(request, image, &hostname, lookup)?;
     let process = ProcessSpec {
         args: process.args,
@@ -134,10 +127,10 @@ pub fn launch_config(
         no_new_privileges: no_new_privileges(request),
         seccomp: seccomp(request),
         oom_score_adj: 0,
-        terminal: request.terminal.then_some(machine.window),
+        terminal: request.terminal.then_some(window),
         stdio: stdio(request),
     };
-    let container = ContainerSpec {
+    Ok(ContainerSpec {
         id: id.as_str().to_owned(),
         rootfs: Rootfs { device: "/dev/vda".to_owned(), read_only: request.read_only },
         mounts: request.tmpfs.iter().map(|tmpfs| tmpfs.0.clone()).collect(),
@@ -152,18 +145,7 @@ pub fn launch_config(
         },
         shm_bytes: request.shm_bytes.unwrap_or(DEFAULT_SHM),
         process,
-    };
-    let vm = VmConfig {
-        kernel: machine.kernel,
-        initramfs: Some(machine.initramfs),
-        command_line: String::new(),
-        vcpus: sizes.vcpus,
-        memory_mib: sizes.memory_mib,
-        drives: vec![DriveConfig { file: DriveFile::Descriptor(machine.image), read_only: true }],
-        vsock: None,
-        serial: false,
-    };
-    Ok(LaunchConfig { vm, container: Some(container) })
+    })
 }
 
 /// Checks a `--name`.
@@ -178,13 +160,16 @@ pub fn check_name(name: &str) -> Result<(), SpecError> {
     Err(SpecError::Name { name: name.to_owned() })
 }
 
-fn hostname(id: &ContainerId, request: &RunRequest) -> Result<String, SpecError> {
-    let Some(name) = &request.hostname else { return Ok(id.short().to_owned()) };
+/// Checks a `--hostname`.
+///
+/// # Errors
+/// [`SpecError::Hostname`].
+pub fn check_hostname(name: &str) -> Result<(), SpecError> {
     let legal = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b".-_".contains(&byte));
     if (1..=HOSTNAME_MAX).contains(&name.len()) && legal && name.as_bytes()[0].is_ascii_alphanumeric() {
-        return Ok(name.clone());
+        return Ok(());
     }
-    Err(SpecError::Hostname { name: name.clone() })
+    Err(SpecError::Hostname { name: name.to_owned() })
 }
 
 fn rlimits(request: &RunRequest) -> Vec<Rlimit> {
@@ -241,23 +226,22 @@ fn files(hostname: &str) -> Vec<File> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::size::MIB;
+    use api::config::LaunchConfig;
 
-    fn config(request: &RunRequest) -> Result<LaunchConfig, SpecError> {
-        let machine = Machine {
-            kernel: "/k".into(),
-            initramfs: "/i".into(),
-            image: 9,
-            window: WindowSize { rows: 24, columns: 80 },
-            host: Host { cpus: 4, memory: 4 << 30 },
-        };
-        let image = ImageConfig { cmd: vec!["sh".into()], ..ImageConfig::default() };
-        launch_config(&ContainerId::generate().unwrap(), request, &image, machine, |_| None)
+    use super::*;
+    use crate::size::{Host, MIB};
+
+    const HOST: Host = Host { cpus: 4, memory: 4 << 30 };
+    const WINDOW: WindowSize = WindowSize { rows: 24, columns: 80 };
+
+    fn sizes(request: &RunRequest) -> Sizes {
+        Sizes::new(request.cpus, request.memory, HOST).unwrap()
     }
 
-    fn container(request: &RunRequest) -> ContainerSpec {
-        config(request).unwrap().container.unwrap()
+    fn spec_of(request: &RunRequest) -> ContainerSpec {
+        let image = ImageConfig { cmd: vec!["sh".into()], ..ImageConfig::default() };
+        let id = ContainerId::generate().unwrap();
+        container(&id, request, &image, sizes(request), WINDOW, |_| None).unwrap()
     }
 
     #[test]
@@ -265,14 +249,14 @@ mod tests {
         let (one, other) = (ContainerId::generate().unwrap(), ContainerId::generate().unwrap());
         assert_ne!(one, other);
         assert_eq!((one.as_str().len(), one.short().len()), (32, 12));
-        let spec = container(&RunRequest::default());
+        let spec = spec_of(&RunRequest::default());
         assert_eq!(spec.hostname, spec.id[..12]);
         assert!(spec.process.env.contains(&format!("HOSTNAME={}", spec.hostname)));
     }
 
     #[test]
     fn the_defaults_are_those_of_docker() {
-        let spec = container(&RunRequest::default());
+        let spec = spec_of(&RunRequest::default());
         assert_eq!(spec.limits, Limits { memory_bytes: Some(440 * MIB), pids: Some(2048), cpu_quota_us: None });
         assert_eq!(spec.shm_bytes, 64 << 20);
         assert_eq!(spec.process.stdio, Stdio { stdin: None, stdout: Some(1026), stderr: Some(1027) });
@@ -282,7 +266,7 @@ mod tests {
 
     #[test]
     fn a_terminal_is_one_stream_both_ways() {
-        let spec = container(&RunRequest { terminal: true, interactive: true, ..RunRequest::default() });
+        let spec = spec_of(&RunRequest { terminal: true, interactive: true, ..RunRequest::default() });
         assert_eq!(spec.process.stdio, Stdio { stdin: Some(1025), stdout: None, stderr: None });
         assert_eq!(spec.process.terminal, Some(WindowSize { rows: 24, columns: 80 }));
     }
@@ -296,7 +280,7 @@ mod tests {
             hostname: Some("box.example".into()),
             ..RunRequest::default()
         };
-        let spec = container(&request);
+        let spec = spec_of(&request);
         let nofile: Vec<_> = spec.process.rlimits.iter().filter(|limit| limit.resource == 7).collect();
         assert_eq!(nofile, [&Rlimit { resource: 7, soft: 20, hard: 30 }]);
         assert!(spec.process.no_new_privileges);
@@ -306,7 +290,10 @@ mod tests {
 
     #[test]
     fn the_document_is_one_that_a_monitor_takes() {
-        let config = config(&RunRequest::default()).unwrap();
+        let request = RunRequest { cpus: Some("1.5".parse().unwrap()), ..RunRequest::default() };
+        let vm = vm(sizes(&request), "/k".into(), "/i".into(), 9);
+        assert_eq!((vm.vcpus, vm.memory_mib, vm.drives[0].read_only), (2, 512, true));
+        let config = LaunchConfig { vm, container: Some(spec_of(&request)) };
         let json = serde_json::to_vec(&config).unwrap();
         assert_eq!(LaunchConfig::parse(&json).unwrap(), config);
     }
@@ -316,10 +303,9 @@ mod tests {
         for name in ["", "a", "-ab", ".ab", "a/b", "../x", "a b", "\u{e4}b", &"x".repeat(65)] {
             assert!(check_name(name).is_err(), "{name:?}");
         }
-        assert!(check_name("web-1.a_b").is_ok());
+        assert!(check_name("web-1.a_b").is_ok() && check_hostname("box.example").is_ok());
         for name in ["", "-x", "a b", "a\nb", &"h".repeat(65)] {
-            let request = RunRequest { hostname: Some(name.to_owned()), ..RunRequest::default() };
-            assert!(matches!(config(&request), Err(SpecError::Hostname { .. })), "{name:?}");
+            assert!(check_hostname(name).is_err(), "{name:?}");
         }
     }
 }
