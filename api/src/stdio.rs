@@ -43,11 +43,11 @@ pub struct Streams {
 }
 
 impl Streams {
-    /// Starts copying for a process whose streams have ports.
+    /// Starts copying for a process whose streams have ports. Each thread begins by calling `confine`.
     ///
     /// # Errors
     /// When the system has no descriptor or thread left.
-    pub fn start(process: &ProcessSpec) -> io::Result<(Self, Vec<Offer>)> {
+    pub fn start(process: &ProcessSpec, confine: fn()) -> io::Result<(Self, Vec<Offer>)> {
         let (mut streams, mut offers) = (Self::default(), Vec::new());
         let mut offer = |port: Option<u32>| -> io::Result<Option<UnixStream>> {
             let Some(port) = port else { return Ok(None) };
@@ -59,13 +59,13 @@ impl Streams {
         if let Some(stdin) = &stdin {
             let sink = stdin.try_clone()?;
             // Never joined: it may wait for input that never comes.
-            thread::Builder::new().name("stdin".into()).stack_size(STACK).spawn(move || copy_in(rustix::stdio::stdin(), sink))?;
+            spawn("stdin", confine, move || copy_in(rustix::stdio::stdin(), sink))?;
         }
         if process.terminal.is_some() {
-            streams.output("terminal", stdin, rustix::stdio::stdout())?;
+            streams.output("terminal", confine, stdin, rustix::stdio::stdout())?;
         } else {
-            streams.output("stdout", offer(process.stdio.stdout)?, rustix::stdio::stdout())?;
-            streams.output("stderr", offer(process.stdio.stderr)?, rustix::stdio::stderr())?;
+            streams.output("stdout", confine, offer(process.stdio.stdout)?, rustix::stdio::stdout())?;
+            streams.output("stderr", confine, offer(process.stdio.stderr)?, rustix::stdio::stderr())?;
         }
         Ok((streams, offers))
     }
@@ -78,13 +78,25 @@ impl Streams {
         }
     }
 
-    fn output(&mut self, name: &str, source: Option<UnixStream>, sink: BorrowedFd<'static>) -> io::Result<()> {
+    fn output(
+        &mut self,
+        name: &str,
+        confine: fn(),
+        source: Option<UnixStream>,
+        sink: BorrowedFd<'static>,
+    ) -> io::Result<()> {
         if let Some(source) = source {
-            let thread = thread::Builder::new().name(name.into()).stack_size(STACK);
-            self.outputs.push(thread.spawn(move || copy_out(source, sink))?);
+            self.outputs.push(spawn(name, confine, move || copy_out(source, sink))?);
         }
         Ok(())
     }
+}
+
+fn spawn(name: &str, confine: fn(), copy: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    thread::Builder::new().name(name.into()).stack_size(STACK).spawn(move || {
+        confine();
+        copy();
+    })
 }
 
 fn copy_in(source: BorrowedFd<'_>, mut sink: UnixStream) {

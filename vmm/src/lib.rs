@@ -6,6 +6,7 @@
 //! - [`boot`]: the kernel image, the zero page, the MP table and the first registers.
 //! - [`cpuid`]: what the guest's CPUs say they are.
 //! - [`machine`]: the VM in phases: memory, devices, vCPUs.
+//! - [`inherited`]: descriptors that the front end left open.
 //! - [`vcpu`]: one thread a vCPU: run, handle the exit, run.
 //! - [`monitor`]: the event loop, the container's session, and how both end.
 //! - [`probe`]: whether this host's KVM can run guests.
@@ -16,6 +17,7 @@
 
 pub mod boot;
 pub mod cpuid;
+pub mod inherited;
 pub mod layout;
 pub mod machine;
 pub mod memory;

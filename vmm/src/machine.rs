@@ -25,6 +25,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::boot::{command_line, kernel, mp_table, registers, zero_page};
 use crate::cpuid;
+use crate::inherited;
 use crate::layout::{self, PAGE, VIRTIO, VIRTIO_IRQ};
 use crate::memory::{self, MemoryError};
 use crate::vcpu::Bus;
@@ -194,10 +195,9 @@ fn open_drive(drive: &DriveConfig) -> Result<File, MachineError> {
             opened.map_err(|source| MachineError::Open { what: "the drive", path: path.clone(), source })
         }
         DriveFile::Descriptor(number) => {
-            // Reopening gives a descriptor of our own, and tells one that is not there from one that is.
-            let path = PathBuf::from(format!("/proc/self/fd/{number}"));
-            let opened = File::options().read(true).write(!drive.read_only).open(&path);
-            opened.map_err(|source| MachineError::Open { what: "the inherited drive", path, source })
+            let path = || PathBuf::from(format!("/proc/self/fd/{number}"));
+            let taken = inherited::take(*number);
+            Ok(taken.map_err(|source| MachineError::Open { what: "the inherited drive", path: path(), source })?.into())
         }
     }
 }

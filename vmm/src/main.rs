@@ -6,7 +6,6 @@
 //! ```
 
 use std::ffi::OsString;
-use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -15,6 +14,7 @@ use anyhow::{Context, Result, bail};
 use api::config::LaunchConfig;
 use api::control::{EXIT_FAILED, Failure, FromMonitor};
 use api::session::{now, tell};
+use vmm::inherited;
 use vmm::monitor::{self, Report};
 
 const USAGE: &str = "usage: cofferdam-vmm --config FILE [--control-fd N] | --probe | --version";
@@ -87,6 +87,7 @@ fn run(config: PathBuf, control: Option<i32>, started: u64) -> Result<u8> {
 }
 
 fn launch(config: PathBuf, front_end: Option<&UnixStream>, started: u64) -> Result<Report> {
+    jailer::process()?;
     let config = LaunchConfig::read(&config)?;
     if front_end.is_some() {
         ignore_terminal_signals();
@@ -102,17 +103,11 @@ fn probe() -> Result<u8> {
 }
 
 /// Takes the socket that the front end left open under this number.
-#[expect(unsafe_code, reason = "an inherited descriptor is known by its number only")]
 fn inherited_socket(number: i32) -> Result<UnixStream> {
-    std::fs::metadata(format!("/proc/self/fd/{number}")).with_context(|| format!("no descriptor {number} was inherited"))?;
-    // SAFETY: the descriptor is open, and nothing in this process that was just started owns it yet: the numbers up to 2
-    // are refused, and no file has been opened and kept before.
-    let socket = unsafe { OwnedFd::from_raw_fd(number) };
-    let kind = rustix::net::sockopt::socket_type(&socket);
-    if kind != Ok(rustix::net::SocketType::STREAM) {
+    let socket = inherited::take(number).with_context(|| format!("no descriptor {number} was inherited"))?;
+    if rustix::net::sockopt::socket_type(&socket) != Ok(rustix::net::SocketType::STREAM) {
         bail!("descriptor {number} is not a stream socket");
     }
-    rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC).context("cannot close the control socket on exec")?;
     Ok(UnixStream::from(socket))
 }
 

@@ -88,7 +88,7 @@ pub fn run(config: LaunchConfig, front_end: Option<UnixStream>, started: u64) ->
     let mut streams = Streams::default();
     let mut session = None;
     if let Some(container) = config.container {
-        let (started, offers) = Streams::start(&container.process).map_err(system("set the container's streams up"))?;
+        let (started, offers) = Streams::start(&container.process, || confine(jailer::Thread::Stream)).map_err(system("set the container's streams up"))?;
         streams = started;
         let front_end = front_end.as_ref().map(UnixStream::try_clone).transpose();
         let front_end = front_end.map_err(system("share the front end's socket"))?;
@@ -119,7 +119,10 @@ fn run_machine(
         let ender = ender()?;
         let thread = thread::Builder::new().name("session".into());
         thread
-            .spawn(move || ender.end(End::Session(session.run(timeline))))
+            .spawn(move || {
+                confine(jailer::Thread::Session);
+                ender.end(End::Session(session.run(timeline)));
+            })
             .map_err(system("start the session's thread"))?;
     }
     let mut events = subscribe(&machine, event.try_clone().map_err(system("clone an eventfd"))?)?;
@@ -128,6 +131,7 @@ fn run_machine(
         vcpu::spawn(id, vcpu, machine.bus.clone(), move |end| ender.end(End::Guest(end)))
             .map_err(system("start a vCPU's thread"))?;
     }
+    confine(jailer::Thread::EventLoop);
     let end = wait(&mut events, &ended)?;
     drop(events);
     match streams {
@@ -174,6 +178,14 @@ fn wait(events: &mut EventManager<Subscriber>, ended: &Receiver<End>) -> Result<
         if let Ok(end) = ended.try_recv() {
             return Ok(end);
         }
+    }
+}
+
+/// Confines the calling thread, or ends the process: nothing of the guest is handled by a thread that is not.
+pub(crate) fn confine(kind: jailer::Thread) {
+    if let Err(error) = jailer::thread(kind) {
+        eprintln!("error: {}", chain(&error));
+        std::process::exit(api::control::EXIT_FAILED.into());
     }
 }
 

@@ -12,6 +12,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use thiserror::Error;
 
 use crate::layout::VIRTIO;
+use crate::monitor;
 
 /// How a guest ended by itself.
 #[derive(Debug, Error)]
@@ -99,7 +100,10 @@ pub fn spawn(
     bus: Bus,
     ended: impl FnOnce(GuestEnd) + Send + 'static,
 ) -> std::io::Result<thread::JoinHandle<()>> {
-    thread::Builder::new().name(format!("vcpu {id}")).spawn(move || ended(run(id, &mut vcpu, &bus)))
+    thread::Builder::new().name(format!("vcpu {id}")).spawn(move || {
+        monitor::confine(jailer::Thread::Vcpu);
+        ended(run(id, &mut vcpu, &bus));
+    })
 }
 
 fn run(id: u8, vcpu: &mut VcpuFd, bus: &Bus) -> GuestEnd {
