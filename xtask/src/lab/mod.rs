@@ -1,0 +1,286 @@
+//! `cargo xtask lab -- CMD…`: runs a command in an emulated machine whose `/dev/kvm` works.
+//!
+//! The machine (QEMU without any acceleration, AMD-V with nested paging emulated) sees all of the host's files through
+//! an overlay in RAM, so nothing the command does reaches the host but what it writes below `$COFFERDAM_LAB_OUT`.
+//! Streams go through virtio-serial ports of their own, which are sockets on this side:
+//!
+//! | port | direction | content |
+//! |---|---|---|
+//! | stdin | to the lab | bytes; a half-closed socket is the end of the stream |
+//! | stdout, stderr | from the lab | bytes |
+//! | control | from the lab | `up`, then `exit CODE BYTES-OF-STDOUT BYTES-OF-STDERR` |
+//!
+//! The byte counts say when both streams have arrived completely; QEMU is ended then.
+
+mod machine;
+mod relay;
+
+use std::ffi::OsString;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+
+pub use relay::relay;
+
+use machine::{Machine, Session};
+
+/// The exit code when the time limit ended the command, as `timeout(1)` has it.
+const TIMED_OUT: u8 = 124;
+/// How much of the machine's console is kept to be shown when it does not come up.
+const CONSOLE_KEPT: usize = 32 * 1024;
+
+/// Run a command in an emulated machine whose /dev/kvm can run guests
+#[derive(Args)]
+pub struct LabArgs {
+    /// Count instructions instead of time: 1 instruction takes 1 ns inside, whatever the host is doing (one CPU, about
+    /// twice as slow)
+    #[arg(long)]
+    pub icount: bool,
+    /// The machine's memory in MiB; files written inside are kept in it
+    #[arg(long, value_name = "MIB", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(512..=1_048_576))]
+    pub mem: u32,
+    /// The machine's CPUs
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64), conflicts_with = "icount")]
+    pub cpus: u8,
+    /// Seconds after which the command is ended with exit code 124
+    #[arg(long, value_name = "S", default_value_t = 600, value_parser = clap::value_parser!(u32).range(1..=86_400))]
+    pub timeout: u32,
+    /// The folder that the command can write results to, as $COFFERDAM_LAB_OUT [default: target/lab]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "CMD")]
+    pub command: Vec<OsString>,
+}
+
+impl LabArgs {
+    /// The default machine running `command`.
+    pub fn for_command(command: Vec<OsString>) -> Self {
+        Self { icount: false, mem: 4096, cpus: 2, timeout: 600, out: None, command }
+    }
+}
+
+/// What a thread that serves one of the machine's streams has to say.
+enum Event {
+    /// The machine runs the command now.
+    Up,
+    /// The command ended and wrote this many bytes to stdout and stderr.
+    Exit { code: u8, written: [u64; 2] },
+    /// So many bytes have been passed on from stream 0 (stdout) or 1 (stderr).
+    Passed { stream: usize, total: u64 },
+    /// Our own standard output or error takes no more.
+    ReaderGone,
+    /// QEMU ended; what is known of the machine's console.
+    Down { console: Vec<u8> },
+}
+
+/// Runs a command in the lab; the exit code is the command's.
+pub fn run(args: &LabArgs) -> Result<ExitCode> {
+    let deadline = Instant::now() + Duration::from_secs(args.timeout.into());
+    let machine = Machine::prepare()?;
+    let out = machine::out_folder(args.out.clone())?;
+    let folder = std::env::current_dir().context("the current folder is gone")?;
+    let scratch = tempfile::Builder::new().prefix("cofferdam-lab-").tempdir().context("cannot create a temporary folder")?;
+    let initramfs = scratch.path().join("initramfs.cpio");
+    machine.write_initramfs(&initramfs, &Session { command: &args.command, folder: &folder, out: &out })?;
+
+    let [stdin, stdout, stderr, control] = listen(scratch.path())?;
+    let mut qemu = start(args, &machine, &initramfs, scratch.path(), &out)?;
+    let (events, inbox) = mpsc::channel();
+    watch_console(&mut qemu, events.clone())?;
+    thread::spawn(move || send_stdin(&stdin));
+    receive(stdout, io::stdout(), 0, events.clone());
+    receive(stderr, io::stderr(), 1, events.clone());
+    thread::spawn(move || read_control(&control, &events));
+
+    let result = supervise(&inbox, deadline, args.timeout, scratch);
+    // Ended already, or of no use any more: the machine holds nothing that is not on the host by now.
+    let _ = qemu.kill();
+    let _ = qemu.wait();
+    result
+}
+
+/// Waits for the end of the command and of its streams, or for whatever comes before that.
+fn supervise(inbox: &Receiver<Event>, deadline: Instant, limit: u32, scratch: tempfile::TempDir) -> Result<ExitCode> {
+    // Removed as soon as QEMU has read what is in it, so that an interrupted run leaves nothing behind.
+    let mut scratch = Some(scratch);
+    let mut ended: Option<(u8, [u64; 2])> = None;
+    let mut passed = [0u64; 2];
+    loop {
+        let event = match inbox.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(event) => event,
+            Err(RecvTimeoutError::Timeout) => {
+                eprintln!("lab: the time limit of {limit} s is over: ended (raise it with --timeout)");
+                return Ok(ExitCode::from(TIMED_OUT));
+            }
+            Err(RecvTimeoutError::Disconnected) => bail!("the lab's streams ended without an exit code"),
+        };
+        match event {
+            Event::Up => drop(scratch.take()),
+            Event::Exit { code, written } => ended = Some((code, written)),
+            Event::Passed { stream, total } => passed[stream] = total,
+            // As a program does that gets SIGPIPE.
+            Event::ReaderGone => return Ok(ExitCode::from(128 + 13)),
+            Event::Down { console } => {
+                io::stderr().write_all(&console)?;
+                let when = if scratch.is_some() { "before it ran the command" } else { "while the command ran" };
+                bail!("the lab's machine ended {when}: its console is above");
+            }
+        }
+        if let Some((code, _)) = ended.filter(|(_, written)| passed[0] >= written[0] && passed[1] >= written[1]) {
+            return Ok(ExitCode::from(code));
+        }
+    }
+}
+
+/// Sockets for the four ports, at which QEMU will connect.
+fn listen(folder: &Path) -> Result<[UnixListener; 4]> {
+    let one = |port: &str| {
+        let path = folder.join(port);
+        UnixListener::bind(&path).with_context(|| format!("cannot listen at {}", path.display()))
+    };
+    Ok([one("stdin")?, one("stdout")?, one("stderr")?, one("control")?])
+}
+
+/// Starts QEMU, tied to this process's life.
+fn start(args: &LabArgs, machine: &Machine, initramfs: &Path, sockets: &Path, out: &Path) -> Result<Child> {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
+    command.args(["-M", "q35,usb=off,graphics=off,vmport=off,sata=off,smbus=off", "-cpu", "max,+svm,+npt"]);
+    command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-bios", "qboot.rom"]);
+    if args.icount {
+        command.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"]);
+    } else {
+        command.args(["-accel", "tcg,thread=multi", "-smp", &args.cpus.to_string()]);
+    }
+    command.args(["-m", &args.mem.to_string()]);
+    command.arg("-kernel").arg(&machine.kernel).arg("-initrd").arg(initramfs);
+    command.args([
+        "-append",
+        "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable no_timer_check nowatchdog audit=0 \
+         random.trust_cpu=on systemd.unified_cgroup_hierarchy=1",
+    ]);
+    command.args(["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]);
+    command.args(["-device", "virtio-serial-pci,max_ports=8"]);
+    for port in ["stdin", "stdout", "stderr", "control"] {
+        // QEMU's option syntax doubles commas in values.
+        let path = sockets.join(port).to_string_lossy().replace(',', ",,");
+        command.arg("-chardev").arg(format!("socket,id={port},path={path}"));
+        command.arg("-device").arg(format!("virtserialport,chardev={port},name={port}"));
+    }
+    command.arg("-virtfs").arg("local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap");
+    let out = out.to_string_lossy().replace(',', ",,");
+    command.arg("-virtfs").arg(format!("local,path={out},mount_tag=out,security_model=none,multidevs=remap"));
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.spawn().context("cannot start qemu-system-x86_64 through setpriv: run `cargo xtask setup`")
+}
+
+/// Keeps the end of what the machine's console and QEMU itself say, and reports when both are gone.
+fn watch_console(qemu: &mut Child, events: Sender<Event>) -> Result<()> {
+    let console = qemu.stdout.take().context("QEMU has no standard output")?;
+    let complaints = qemu.stderr.take().context("QEMU has no standard error")?;
+    thread::spawn(move || {
+        let complaints = thread::spawn(move || keep_end(complaints));
+        let mut console = keep_end(console);
+        console.extend(complaints.join().unwrap_or_default());
+        // Nobody listens when the run is over already.
+        let _ = events.send(Event::Down { console });
+    });
+    Ok(())
+}
+
+/// Reads a stream to its end and gives its last [`CONSOLE_KEPT`] bytes.
+fn keep_end(mut from: impl Read) -> Vec<u8> {
+    let mut kept = Vec::new();
+    let mut buffer = [0; 4096];
+    while let Ok(count @ 1..) = from.read(&mut buffer) {
+        kept.extend_from_slice(&buffer[..count]);
+        kept.drain(..kept.len().saturating_sub(CONSOLE_KEPT));
+    }
+    kept
+}
+
+/// Passes our standard input on. The half-close at its end lets QEMU read all of it before it closes the port.
+fn send_stdin(listener: &UnixListener) {
+    let Ok((mut to, _)) = listener.accept() else { return };
+    // An error means that one end is gone: the end of the stream, too.
+    let _ = io::copy(&mut io::stdin().lock(), &mut to);
+    let _ = to.shutdown(Shutdown::Write);
+    // QEMU must not see the socket vanish while bytes are still in it.
+    let _ = to.read(&mut [0]);
+}
+
+/// Passes one of the command's streams on to ours.
+fn receive(listener: UnixListener, mut to: impl Write + Send + 'static, stream: usize, events: Sender<Event>) {
+    thread::spawn(move || {
+        let Ok((mut from, _)) = listener.accept() else { return };
+        let mut buffer = vec![0; 64 * 1024];
+        let mut total = 0;
+        while let Ok(count @ 1..) = from.read(&mut buffer) {
+            let event = match to.write_all(&buffer[..count]).and_then(|()| to.flush()) {
+                Ok(()) => {
+                    total += count as u64;
+                    Event::Passed { stream, total }
+                }
+                Err(_) => Event::ReaderGone,
+            };
+            if events.send(event).is_err() {
+                return;
+            }
+        }
+    });
+}
+
+/// Reads the lines that the lab's process 1 sends.
+fn read_control(listener: &UnixListener, events: &Sender<Event>) {
+    let Ok((from, _)) = listener.accept() else { return };
+    for line in BufReader::new(&from).lines() {
+        let Ok(line) = line else { return };
+        let Some(event) = parse_control(&line) else { continue };
+        if events.send(event).is_err() {
+            return;
+        }
+    }
+}
+
+/// What a control line means.
+fn parse_control(line: &str) -> Option<Event> {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    match words[..] {
+        ["up"] => Some(Event::Up),
+        ["exit", code, out, err] => {
+            Some(Event::Exit { code: code.parse().ok()?, written: [out.parse().ok()?, err.parse().ok()?] })
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn control_lines_are_understood() {
+        assert!(matches!(parse_control("up"), Some(Event::Up)));
+        assert!(matches!(parse_control("exit 7 10 0"), Some(Event::Exit { code: 7, written: [10, 0] })));
+        assert!(parse_control("exit 700 0 0").is_none());
+        assert!(parse_control("").is_none());
+    }
+
+    #[test]
+    fn only_the_end_of_a_console_is_kept() {
+        let mut text = vec![b'a'; CONSOLE_KEPT];
+        text.extend_from_slice(b"end");
+        let kept = keep_end(&text[..]);
+        assert_eq!(kept.len(), CONSOLE_KEPT);
+        assert!(kept.ends_with(b"aend"));
+    }
+}
