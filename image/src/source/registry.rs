@@ -1,0 +1,296 @@
+//! Registries (OCI Distribution Specification, "Pull"). The network runs on one thread, with an asynchronous
+//! runtime that exists only while something is pulled; layers are unpacked on the caller's thread meanwhile.
+//!
+//! Tokens and blobs come through the crate oci-client. Manifests are requested here, because the crate reads them
+//! into memory whatever their size.
+
+mod download;
+
+use std::collections::BTreeMap;
+use std::error::Error as StdError;
+use std::path::PathBuf;
+use std::sync::Once;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use oci_client::RegistryOperation;
+use oci_client::client::{ClientConfig, ClientProtocol};
+use oci_client::errors::OciDistributionError;
+use oci_client::secrets::RegistryAuth;
+use reqwest::StatusCode;
+use tokio::runtime::Runtime;
+use tokio::sync::oneshot;
+
+use self::download::{Downloads, PARALLEL};
+use super::{Apply, LayerRef, Resolved, Source, credentials};
+use crate::config::ParsedConfig;
+use crate::digest::Digest;
+use crate::error::Error;
+use crate::flatten::check_size_and_digest;
+use crate::limits::DOCUMENT_BYTES_MAX;
+use crate::manifest::{ACCEPTED, Blob, Document, INDEX_DEPTH_MAX, Manifest, choose};
+use crate::progress::Progress;
+use crate::reference::RegistryReference;
+use crate::store::{Paths, PullOptions};
+
+const USER_AGENT: &str = concat!("cofferdam/", env!("CARGO_PKG_VERSION"));
+
+/// How to talk to registries.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RegistryOptions {
+    /// How long a connection may take to come up.
+    pub connect_timeout: Duration,
+    /// How long a registry may send nothing in the middle of an answer.
+    pub stall_timeout: Duration,
+    /// Docker's login file; `None` for the one docker would use.
+    pub login_file: Option<PathBuf>,
+}
+
+impl Default for RegistryOptions {
+    fn default() -> RegistryOptions {
+        RegistryOptions {
+            connect_timeout: Duration::from_secs(10),
+            stall_timeout: Duration::from_secs(30),
+            login_file: None,
+        }
+    }
+}
+
+/// An image in a registry.
+struct RegistrySource {
+    /// Only absent while this is dropped.
+    runtime: Option<Runtime>,
+    connection: Connection,
+    layers: Vec<Blob>,
+    paths: Paths,
+}
+
+/// One registry and one repository of it.
+pub(super) struct Connection {
+    client: oci_client::Client,
+    http: reqwest::Client,
+    image: oci_client::Reference,
+    reference: RegistryReference,
+    login: RegistryAuth,
+}
+
+/// Finds an image in its registry.
+///
+/// # Errors
+/// The registry can't be reached, has no such image or none for this platform, or what it sends is malformed.
+pub(crate) fn resolve(
+    reference: &RegistryReference,
+    options: &PullOptions,
+    paths: &Paths,
+) -> Result<(Box<dyn Source>, Resolved), Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Runtime)?;
+    // Made inside the runtime: name resolution may want to start tasks.
+    let connection = {
+        let _guard = runtime.enter();
+        Connection::new(reference, &options.registry)?
+    };
+    let (manifest, manifest_digest) = runtime.block_on(connection.manifest())?;
+    let config = runtime.block_on(connection.config(&manifest))?;
+    let layers = manifest.layers.iter().map(|blob| LayerRef { digest: Some(blob.digest), bytes: blob.bytes }).collect();
+    let resolved = Resolved { id: manifest.config.digest, manifest_digest, config, layers };
+    let source = RegistrySource { runtime: Some(runtime), connection, layers: manifest.layers, paths: paths.clone() };
+    Ok((Box::new(source), resolved))
+}
+
+impl Connection {
+    fn new(reference: &RegistryReference, options: &RegistryOptions) -> Result<Connection, Error> {
+        static PROVIDER: Once = Once::new();
+        // The caller may have installed one already; any will do.
+        PROVIDER.call_once(|| drop(rustls::crypto::ring::default_provider().install_default()));
+        let registry = reference.registry().to_owned();
+        let failed = |source: Box<dyn StdError + Send + Sync>| Error::Transfer {
+            registry: registry.clone(),
+            what: "anything".to_owned(),
+            source,
+        };
+        let client = oci_client::Client::try_from(ClientConfig {
+            protocol: if reference.is_loopback() { ClientProtocol::Http } else { ClientProtocol::Https },
+            connect_timeout: Some(options.connect_timeout),
+            read_timeout: Some(options.stall_timeout),
+            user_agent: USER_AGENT,
+            ..ClientConfig::default()
+        });
+        let http = reqwest::Client::builder()
+            .connect_timeout(options.connect_timeout)
+            .read_timeout(options.stall_timeout)
+            .user_agent(USER_AGENT)
+            .build();
+        let (name, repository) = (reference.registry().to_owned(), reference.repository().to_owned());
+        let image = match (reference.digest(), reference.tag()) {
+            (Some(digest), _) => oci_client::Reference::with_digest(name, repository, digest.to_string()),
+            (None, tag) => oci_client::Reference::with_tag(name, repository, tag.unwrap_or("latest").to_owned()),
+        };
+        let login = match options.login_file.clone().or_else(credentials::default_file) {
+            Some(file) => credentials::load(&file, reference.registry())?,
+            None => RegistryAuth::Anonymous,
+        };
+        Ok(Connection {
+            client: client.map_err(|error| failed(error.into()))?,
+            http: http.map_err(|error| failed(error.into()))?,
+            image,
+            reference: reference.clone(),
+            login,
+        })
+    }
+
+    /// The manifest for this platform and its digest.
+    async fn manifest(&self) -> Result<(Manifest, Digest), Error> {
+        let token = self.client.auth(&self.image, &self.login, RegistryOperation::Pull).await;
+        let token = token.map_err(|error| self.error("a login token", error))?;
+        let mut wanted = self.reference.digest();
+        let mut bytes_wanted = None;
+        for _ in 0..INDEX_DEPTH_MAX {
+            let what = wanted.map_or_else(|| format!("manifest {}", self.reference), |d| format!("manifest {d}"));
+            let bytes = self.fetch_manifest(wanted, token.as_deref(), &what).await?;
+            let actual = Blob { digest: Digest::of(&bytes), bytes: bytes.len() as u64 };
+            let expected =
+                Blob { digest: wanted.unwrap_or(actual.digest), bytes: bytes_wanted.unwrap_or(actual.bytes) };
+            check_size_and_digest(&what, expected, actual)?;
+            match Document::parse(&bytes, &what)? {
+                Document::Manifest(manifest) => return Ok((manifest, actual.digest)),
+                Document::Index(index) => {
+                    let entry = choose(index.manifests(), &self.reference.to_string())?;
+                    let blob = Blob::from_descriptor(entry, &what)?;
+                    (wanted, bytes_wanted) = (Some(blob.digest), Some(blob.bytes));
+                }
+            }
+        }
+        Err(Error::Malformed { what: self.reference.to_string(), reason: "indexes are nested too deeply".to_owned() })
+    }
+
+    async fn fetch_manifest(&self, digest: Option<Digest>, token: Option<&str>, what: &str) -> Result<Vec<u8>, Error> {
+        let scheme = if self.reference.is_loopback() { "http" } else { "https" };
+        let host = self.image.resolve_registry();
+        let repository = self.reference.repository();
+        let choice = digest.map(|digest| digest.to_string()).or_else(|| self.reference.tag().map(str::to_owned));
+        let url = format!("{scheme}://{host}/v2/{repository}/manifests/{}", choice.unwrap_or_default());
+        let mut request = self.http.get(url).header("Accept", ACCEPTED);
+        match (token, &self.login) {
+            (Some(token), _) => request = request.bearer_auth(token),
+            (None, RegistryAuth::Basic(user, password)) => request = request.basic_auth(user, Some(password)),
+            _ => {}
+        }
+        let mut response = request.send().await.map_err(|error| self.error(what, error.into()))?;
+        self.check_status(response.status(), what)?;
+        let mut bytes = Vec::new();
+        while let Some(chunk) = response.chunk().await.map_err(|error| self.error(what, error.into()))? {
+            let total = bytes.len() as u64 + chunk.len() as u64;
+            if total > DOCUMENT_BYTES_MAX {
+                return Err(Error::TooLarge { what: what.to_owned(), bytes: total, limit: DOCUMENT_BYTES_MAX });
+            }
+            bytes.extend_from_slice(&chunk);
+        }
+        Ok(bytes)
+    }
+
+    async fn config(&self, manifest: &Manifest) -> Result<ParsedConfig, Error> {
+        let what = format!("image configuration {}", manifest.config.digest);
+        let mut bytes = Vec::new();
+        let mut input = self.blob(manifest.config, 0, &what).await?.1;
+        while let Some(chunk) = download::next_chunk(&mut input).await {
+            let chunk = chunk.map_err(|source| self.transfer(&what, source.into()))?;
+            bytes.extend_from_slice(&chunk);
+            if bytes.len() as u64 > manifest.config.bytes {
+                break;
+            }
+        }
+        let actual = Blob { digest: Digest::of(&bytes), bytes: bytes.len() as u64 };
+        check_size_and_digest(&what, manifest.config, actual)?;
+        ParsedConfig::parse(&bytes, manifest.layers.len(), &what)
+    }
+
+    fn check_status(&self, status: StatusCode, what: &str) -> Result<(), Error> {
+        let registry = self.reference.registry().to_owned();
+        match status {
+            StatusCode::OK => Ok(()),
+            StatusCode::NOT_FOUND => Err(Error::NoSuchImage {
+                reference: self.reference.to_string(),
+                detail: format!("the registry {registry} does not have it"),
+            }),
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+                Err(Error::Denied { registry, repository: self.reference.repository().to_owned() })
+            }
+            status => Err(Error::RegistryStatus { registry, status: status.as_u16(), what: what.to_owned() }),
+        }
+    }
+
+    /// Sorts out what the client crate reports.
+    fn error(&self, what: &str, error: OciDistributionError) -> Error {
+        let registry = self.reference.registry().to_owned();
+        match error {
+            OciDistributionError::RequestError(error) if error.is_connect() || error.is_timeout() => {
+                Error::Unreachable { registry, source: error.without_url().into() }
+            }
+            OciDistributionError::RequestError(error) => self.transfer(what, error.without_url().into()),
+            OciDistributionError::UnauthorizedError { .. } | OciDistributionError::AuthenticationFailure(_) => {
+                Error::Denied { registry, repository: self.reference.repository().to_owned() }
+            }
+            OciDistributionError::ServerError { code, .. } => {
+                Error::RegistryStatus { registry, status: code, what: what.to_owned() }
+            }
+            other => self.transfer(what, other.into()),
+        }
+    }
+
+    fn transfer(&self, what: &str, source: Box<dyn StdError + Send + Sync>) -> Error {
+        Error::Transfer { registry: self.reference.registry().to_owned(), what: what.to_owned(), source }
+    }
+}
+
+impl Drop for RegistrySource {
+    fn drop(&mut self) {
+        // A thread that waits for another pull's lock must not hold up a pull that failed.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+impl Source for RegistrySource {
+    fn each_layer(&mut self, progress: &dyn Progress, apply: &mut Apply<'_>) -> Result<(), Error> {
+        let downloads =
+            Downloads { connection: &self.connection, layers: &self.layers, paths: &self.paths, progress };
+        let Some(runtime) = &self.runtime else { return Ok(()) };
+        let (sender, receiver) = mpsc::channel();
+        let (cancel, cancelled) = oneshot::channel::<()>();
+        std::thread::scope(|scope| {
+            let network = std::thread::Builder::new().name("image-download".to_owned());
+            let spawned = network.spawn_scoped(scope, move || {
+                runtime.block_on(async {
+                    tokio::select! {
+                        // Also when the sender is dropped: nobody waits for layers any more.
+                        _ = cancelled => {}
+                        () = downloads.run(PARALLEL, &sender) => {}
+                    }
+                });
+            });
+            spawned.map_err(Error::Runtime)?;
+            let mut early = BTreeMap::new();
+            for index in 0..self.layers.len() {
+                while !early.contains_key(&index) {
+                    // The sender lives until all layers are sent, or one failed, which comes first.
+                    let Ok((number, result)) = receiver.recv() else {
+                        return Err(Error::Runtime(std::io::ErrorKind::BrokenPipe.into()));
+                    };
+                    early.insert(number, result?);
+                }
+                if let Some(mut file) = early.remove(&index) {
+                    apply(index, &mut file)?;
+                }
+            }
+            drop(cancel);
+            Ok(())
+        })
+    }
+
+    fn discard(&mut self) {
+        for layer in &self.layers {
+            download::discard(&self.paths, layer.digest);
+        }
+    }
+}
