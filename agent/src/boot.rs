@@ -58,7 +58,8 @@ impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
 /// The step that the kernel refused.
 pub fn prepare() -> Result<(), BootError> {
     let options = [("mode", "755"), ("size", "1m")];
-    let root = filesystem::create("tmpfs", &options, MountAttrFlags::empty()).step("create the agent's root")?;
+    let root =
+        filesystem::create("tmpfs", "tmpfs", &options, MountAttrFlags::empty()).step("create the agent's root")?;
     for name in DIRECTORIES {
         fs::mkdirat(&root, name, Mode::from_raw_mode(0o755)).step("make a directory in the agent's root")?;
     }

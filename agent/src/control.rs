@@ -208,15 +208,16 @@ impl<D: FnMut(u32) -> io::Result<OwnedFd>> Agent<D> {
     fn tell(&mut self) -> Result<(), ServeError> {
         let mut index = 0;
         while let Some(container) = self.containers.get_mut(index) {
-            let (done, last_word) = (container.take_done(), container.last_word());
-            if let Some(id) = done {
+            let done: Vec<u32> = std::iter::from_fn(|| container.take_done()).collect();
+            let last_words = container.last_words();
+            for id in done {
                 self.send(&FromAgent::Reply { id, result: Ok(()) })?;
             }
-            match last_word {
+            match last_words {
                 // The cgroup goes with it, so that the id is free when the host hears.
-                Some(word) => {
+                Some(words) => {
                     drop(self.containers.swap_remove(index));
-                    self.send(&word)?;
+                    words.iter().try_for_each(|word| self.send(word))?;
                 }
                 None => index += 1,
             }

@@ -14,12 +14,19 @@ use rustix::mount::{
 pub const NO_SUID_EXEC_DEV: MountAttrFlags =
     MountAttrFlags::MOUNT_ATTR_NOSUID.union(MountAttrFlags::MOUNT_ATTR_NOEXEC).union(MountAttrFlags::MOUNT_ATTR_NODEV);
 
-/// Makes a file system and a mount of it that is not attached anywhere yet. An option without a value is a flag.
+/// Makes a file system and a mount of it that is not attached anywhere yet. `source` is what it is made of, or for one
+/// made of nothing, how it is shown. An option without a value is a flag.
 ///
 /// # Errors
 /// What the kernel says of the type, an option or the whole.
-pub fn create(kind: &str, options: &[(&str, &str)], attributes: MountAttrFlags) -> Result<OwnedFd, Errno> {
+pub fn create(
+    kind: &str,
+    source: &str,
+    options: &[(&str, &str)],
+    attributes: MountAttrFlags,
+) -> Result<OwnedFd, Errno> {
     let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(context.as_fd(), "source", source)?;
     for &(key, value) in options {
         if value.is_empty() {
             fsconfig_set_flag(context.as_fd(), key)?;

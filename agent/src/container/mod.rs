@@ -21,6 +21,7 @@ mod rootfs;
 mod terminal;
 mod user;
 
+use std::collections::VecDeque;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -62,8 +63,13 @@ const NAMESPACES: libc::c_int = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::C
 /// Where a container is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
-    /// The child sets itself up; the request of this id waits for it.
-    Preparing(u32),
+    /// The child sets itself up; the request of this id waits for it, and perhaps one to start it behind that.
+    Preparing {
+        /// The request to create it.
+        create: u32,
+        /// The request to start it, if it came already.
+        start: Option<u32>,
+    },
     /// The child waits for the word.
     Created,
     /// The word was given; the request of this id waits for the program.
@@ -84,8 +90,8 @@ struct Connection {
 pub struct Container {
     id: String,
     phase: Phase,
-    /// The request that was fulfilled and not answered yet.
-    done: Option<u32>,
+    /// The requests that were fulfilled and not answered yet, in order.
+    done: VecDeque<u32>,
     /// The first process's id, not to be used once `exit_code` is there.
     init: Pid,
     exit_code: Option<u8>,
@@ -158,8 +164,8 @@ impl Container {
         };
         Ok(Self {
             id: spec.id.clone(),
-            phase: Phase::Preparing(request),
-            done: None,
+            phase: Phase::Preparing { create: request, start: None },
+            done: VecDeque::new(),
             init,
             exit_code: None,
             cgroup,
@@ -184,16 +190,23 @@ impl Container {
     /// # Errors
     /// When the container is not waiting for it.
     pub fn start(&mut self, request: u32) -> Result<(), Failure> {
-        match (&self.channel, self.phase, self.exit_code) {
-            (Some(channel), Phase::Created, None) => {
-                self.phase = Phase::Starting(request);
-                // When the child is gone, its end will be seen and the request refused.
-                let _ = send(channel, &process::GO, SendFlags::NOSIGNAL);
-                Ok(())
+        match (self.phase, self.exit_code) {
+            (Phase::Created, None) => self.go(request),
+            // A host that does not wait for the one before the other saves a way there and back.
+            (Phase::Preparing { create, start: None }, _) => {
+                self.phase = Phase::Preparing { create, start: Some(request) };
             }
-            (_, Phase::Preparing(_), _) => Err(self.wrong_state("is not created yet")),
-            (_, _, Some(_)) => Err(self.wrong_state("has ended")),
-            _ => Err(self.wrong_state("was started before")),
+            (_, Some(_)) => return Err(self.wrong_state("has ended")),
+            _ => return Err(self.wrong_state("was started before")),
+        }
+        Ok(())
+    }
+
+    fn go(&mut self, request: u32) {
+        self.phase = Phase::Starting(request);
+        if let Some(channel) = &self.channel {
+            // When the child is gone, its end will be seen and the request refused.
+            let _ = send(channel, &process::GO, SendFlags::NOSIGNAL);
         }
     }
 
@@ -244,7 +257,7 @@ impl Container {
             add(self.cgroup.events(), PollFlags::PRI, Event::Cgroup);
         }
         // Until the child is ready the connections may not be established.
-        if !matches!(self.phase, Phase::Preparing(_)) || self.empty {
+        if !matches!(self.phase, Phase::Preparing { .. }) || self.empty {
             for (index, pump) in self.pumps.iter().enumerate() {
                 let (fd, flags) = pump.interest();
                 add(fd, flags, Event::Pump(index));
@@ -277,9 +290,9 @@ impl Container {
         }
     }
 
-    /// The request that has become due to be answered with success, once.
+    /// The next request that has become due to be answered with success, each once.
     pub fn take_done(&mut self) -> Option<u32> {
-        self.done.take()
+        self.done.pop_front()
     }
 
     /// Reads one report of the child; whether there may be more.
@@ -294,7 +307,7 @@ impl Container {
                 // An execution that fails is reported before the channel closes.
                 if let (Phase::Starting(id), None, 1..) = (self.phase, &self.failure, self.executed_us) {
                     self.phase = Phase::Running;
-                    self.done = Some(id);
+                    self.done.push_back(id);
                 }
                 return false;
             }
@@ -308,11 +321,12 @@ impl Container {
     }
 
     fn ready(&mut self, master: Option<OwnedFd>) {
-        let Phase::Preparing(id) = self.phase else { return };
+        let Phase::Preparing { create, start } = self.phase else { return };
         match self.connect(master) {
             Ok(()) => {
                 self.phase = Phase::Created;
-                self.done = Some(id);
+                self.done.push_back(create);
+                start.into_iter().for_each(|request| self.go(request));
             }
             Err(error) => self.fail(&error),
         }
@@ -352,21 +366,27 @@ impl Container {
     }
 
     /// The last word about the container when all of it has ended: then it is to be dropped.
-    pub fn last_word(&self) -> Option<FromAgent> {
+    pub fn last_words(&self) -> Option<Vec<FromAgent>> {
         let code = self.exit_code?;
         if !self.empty || !self.pumps.is_empty() || self.channel.is_some() {
             return None;
         }
-        if let Phase::Preparing(id) | Phase::Starting(id) = self.phase {
+        let refused = match self.phase {
+            Phase::Preparing { create, start } => [Some(create), start],
+            Phase::Starting(id) => [Some(id), None],
+            Phase::Created | Phase::Running => [None, None],
+        };
+        if refused[0].is_some() {
             let failure = self.failure.clone().unwrap_or_else(|| Failure {
                 kind: FailureKind::System,
                 message: format!("the set-up of container {} ended with code {code} and no reason", self.id),
             });
-            return Some(FromAgent::Reply { id, result: Err(failure) });
+            let refuse = |id| FromAgent::Reply { id, result: Err(failure.clone()) };
+            return Some(refused.into_iter().flatten().map(refuse).collect());
         }
         let out_of_memory = self.cgroup.ran_out_of_memory();
         let status = ExitStatus { code, out_of_memory, executed_us: self.executed_us };
-        Some(FromAgent::Exited { container: self.id.clone(), status })
+        Some(vec![FromAgent::Exited { container: self.id.clone(), status }])
     }
 }
 

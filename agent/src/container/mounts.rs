@@ -43,19 +43,19 @@ pub struct Standard {
 /// The step that the kernel refused.
 pub fn mount_standard(root: &Root, shm_bytes: u64) -> Result<Standard, SetupError> {
     let read_only = NO_SUID_EXEC_DEV | MountAttrFlags::MOUNT_ATTR_RDONLY;
-    let proc = create("proc", &[], NO_SUID_EXEC_DEV).in_step("create a proc file system")?;
+    let proc = create("proc", "proc", &[], NO_SUID_EXEC_DEV).in_step("create a proc file system")?;
     attach_at(root, &proc, "/proc")?;
     let dev = mount_dev(root, shm_bytes)?;
-    let sys = create("sysfs", &[], read_only).in_step("create a sysfs file system")?;
+    let sys = create("sysfs", "sysfs", &[], read_only).in_step("create a sysfs file system")?;
     attach_at(root, &sys, "/sys")?;
-    let cgroup = create("cgroup2", &[], read_only).in_step("create a cgroup2 file system")?;
+    let cgroup = create("cgroup2", "cgroup", &[], read_only).in_step("create a cgroup2 file system")?;
     let target = inside(&sys, "fs/cgroup").in_step("find /sys/fs/cgroup")?;
     attach(&cgroup, &target).in_step("mount /sys/fs/cgroup")?;
     Ok(Standard { proc, dev })
 }
 
 fn mount_dev(root: &Root, shm_bytes: u64) -> Result<OwnedFd, SetupError> {
-    let dev = create("tmpfs", &[("mode", "755"), ("size", "65536k")], MountAttrFlags::MOUNT_ATTR_NOSUID)
+    let dev = create("tmpfs", "tmpfs", &[("mode", "755"), ("size", "65536k")], MountAttrFlags::MOUNT_ATTR_NOSUID)
         .in_step("create a tmpfs for /dev")?;
     for (name, major, minor) in DEVICES {
         let mode = Mode::from_raw_mode(0o666);
@@ -75,9 +75,10 @@ fn mount_dev(root: &Root, shm_bytes: u64) -> Result<OwnedFd, SetupError> {
         ("mqueue", "mqueue", &[], NO_SUID_EXEC_DEV),
     ];
     for (name, kind, options, attributes) in below {
+        let source = if kind == "tmpfs" { name } else { kind };
         fs::mkdirat(&dev, name, Mode::from_raw_mode(0o755)).at_path("make the directory", name)?;
         let target = inside(&dev, name).at_path("find", name)?;
-        let mount = create(kind, options, attributes).at_path("create the file system for", name)?;
+        let mount = create(kind, source, options, attributes).at_path("create the file system for", name)?;
         attach(&mount, &target).at_path("mount", name)?;
     }
     Ok(dev)
@@ -96,7 +97,7 @@ pub fn mount_requested(root: &Root, mounts: &[Mount]) -> Result<(), SetupError> 
         attributes.set(MountAttrFlags::MOUNT_ATTR_NODEV, !dev);
         attributes.set(MountAttrFlags::MOUNT_ATTR_NOSUID, !suid);
         attributes.set(MountAttrFlags::MOUNT_ATTR_RDONLY, *read_only);
-        let mount = create("tmpfs", &[("mode", &mode), ("size", &size)], attributes)
+        let mount = create("tmpfs", "tmpfs", &[("mode", &mode), ("size", &size)], attributes)
             .at_path("create a tmpfs for", destination)?;
         attach_at(root, &mount, destination)?;
     }
@@ -159,7 +160,7 @@ pub fn hide_and_protect(root: &Root, dev: &OwnedFd, spec: &ContainerSpec) -> Res
             Some(attached) => bind(attached).at_path("make an empty directory for", path)?,
             None => {
                 let attributes = NO_SUID_EXEC_DEV | MountAttrFlags::MOUNT_ATTR_RDONLY;
-                create("tmpfs", &[("mode", "755")], attributes).at_path("create a tmpfs for", path)?
+                create("tmpfs", "tmpfs", &[("mode", "755")], attributes).at_path("create a tmpfs for", path)?
             }
         };
         attach(&mount, &target).at_path("mask", path)?;

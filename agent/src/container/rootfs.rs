@@ -44,10 +44,10 @@ pub struct Rootfs {
 /// The step that the kernel refused.
 pub fn mount(spec: &ContainerSpec) -> Result<Rootfs, SetupError> {
     let device = &spec.rootfs.device;
-    let image = create("erofs", &[("source", device), ("ro", "")], MountAttrFlags::MOUNT_ATTR_RDONLY)
+    let image = create("erofs", device, &[("ro", "")], MountAttrFlags::MOUNT_ATTR_RDONLY)
         .map_err(|error| SetupError::Image { device: device.clone(), source: error.into() })?;
     attach(&image, &place(IMAGE)?).in_step("mount the image")?;
-    let scratch = create("tmpfs", &[("mode", "700"), ("size", "50%")], MountAttrFlags::empty())
+    let scratch = create("tmpfs", "tmpfs", &[("mode", "700"), ("size", "50%")], MountAttrFlags::empty())
         .in_step("create a tmpfs for the container's writes")?;
     attach(&scratch, &place(SCRATCH)?).in_step("mount the tmpfs for the container's writes")?;
     let files = write_files(&scratch, &spec.files, spec.rootfs.read_only)?;
@@ -62,13 +62,8 @@ pub fn mount(spec: &ContainerSpec) -> Result<Rootfs, SetupError> {
         fs::chownat(&scratch, "upper", Some(user), Some(group), fs::AtFlags::empty())
             .in_step("give the overlay's root directory its owner")?;
     }
-    let options = [
-        ("source", "overlay"),
-        ("lowerdir", IMAGE),
-        ("upperdir", "/run/scratch/upper"),
-        ("workdir", "/run/scratch/work"),
-    ];
-    let root = create("overlay", &options, MountAttrFlags::empty()).in_step("create the root's overlay")?;
+    let options = [("lowerdir", IMAGE), ("upperdir", "/run/scratch/upper"), ("workdir", "/run/scratch/work")];
+    let root = create("overlay", "overlay", &options, MountAttrFlags::empty()).in_step("create the root's overlay")?;
     attach(&root, &place(ROOT)?).in_step("mount the root's overlay")?;
     Ok(Rootfs { root, files })
 }
