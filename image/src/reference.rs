@@ -361,7 +361,8 @@ mod tests {
             tag in prop::option::of("[A-Za-z0-9_][A-Za-z0-9_.-]{0,20}"),
             with_host: bool,
         ) {
-            let mut text = if with_host { format!("{host}{name}") } else { name };
+            // Without a host, a first part with a dot would be taken for one.
+            let mut text = if with_host { format!("{host}{name}") } else { format!("x/{name}") };
             if let Some(tag) = &tag {
                 text = format!("{text}:{tag}");
             }

@@ -97,7 +97,11 @@ impl Flattener {
             return self.apply_whiteout(parents, name);
         }
         let Some(parent) = self.tree.walk(parents, true)? else { return Err(Problem::NoName) };
-        let attributes = attributes(&member)?;
+        let mut attributes = attributes(&member)?;
+        if matches!(member.kind, MemberKind::Symlink(_)) {
+            // Linux knows no other permissions of links; archives say what they like.
+            attributes.permissions = 0o777;
+        }
         let kind = match member.kind {
             MemberKind::HardLink(target) => return self.apply_hard_link(parent, name, &target),
             MemberKind::File { .. } => self.copy_file(archive, &member.kind)?,

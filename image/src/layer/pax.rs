@@ -121,7 +121,7 @@ mod tests {
     #[test]
     fn values_may_hold_newlines_and_equals_signs() {
         let mut records = PaxRecords::default();
-        records.parse(b"31 SCHILY.xattr.user.a=\n=b\nc\x00defg\n").unwrap();
+        records.parse(b"34 SCHILY.xattr.user.a=\n=b\nc\x00defg\n").unwrap();
         assert_eq!(records.xattrs, [(b"user.a".to_vec(), b"\n=b\nc\0defg".to_vec())]);
     }
 

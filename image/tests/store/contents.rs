@@ -15,7 +15,7 @@ fn reference(archives: &[Vec<u8>], directory: &Path) -> Tree {
     for archive in archives {
         let mut child = Command::new("tar")
             .args(["--extract", "--numeric-owner", "--same-permissions", "--xattrs", "--xattrs-include=*"])
-            .args(["--overwrite", "--directory"])
+            .arg("--directory")
             .arg(directory)
             .stdin(Stdio::piped())
             .spawn()
@@ -47,7 +47,9 @@ fn assert_same(actual: &Tree, expected: &Tree) {
 
 fn everything() -> Vec<Vec<u8>> {
     let long = "l".repeat(120) + "/" + &"m".repeat(200);
-    let acl = b"\x02\0\0\0\x01\0\x06\0\xff\xff\xff\xff\x04\0\x04\0\xff\xff\xff\xff\x20\0\x04\0\xff\xff\xff\xff";
+    // Version 2; owner rw, user 1000 r, group r, mask r, others r.
+    let acl = b"\x02\0\0\0\x01\0\x06\0\xff\xff\xff\xff\x02\0\x04\0\xe8\x03\0\0\x04\0\x04\0\xff\xff\xff\xff\
+        \x10\0\x04\0\xff\xff\xff\xff\x20\0\x04\0\xff\xff\xff\xff";
     let mut base = Layer::new()
         .directory("./")
         .directory("dir/")
@@ -78,6 +80,7 @@ fn everything() -> Vec<Vec<u8>> {
         .file("capable", b"ping")
         .pax(&[("SCHILY.xattr.system.posix_acl_access", acl)])
         .file("acl", b"")
+        .directory("ünïcode")
         .pax(&[("path", "ünïcode/ページ".as_bytes())])
         .file("placeholder", b"names");
     base = base.directory("many");
@@ -85,7 +88,9 @@ fn everything() -> Vec<Vec<u8>> {
         base = base.file(&format!("many/{}-{index}", "n".repeat(index % 90)), index.to_string().as_bytes());
     }
     let upper = Layer::new()
+        .directory("dir")
         .file("dir/small", b"replaced")
+        .directory("new")
         .directory("new/deep")
         .file("new/deep/er", b"x")
         .hard_link("new/hard-to-lower", "large");

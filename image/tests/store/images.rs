@@ -28,7 +28,7 @@ impl Layer {
     }
 
     /// Any entry; names go into the header as they are.
-    pub fn entry(mut self, kind: EntryType, path: &[u8], link: &[u8], data: &[u8], edit: impl FnOnce(&mut Header)) -> Self {
+    pub fn entry(mut self, kind: EntryType, path: &[u8], link: &[u8], data: &[u8], edit: fn(&mut Header)) -> Self {
         for (long, kind) in [(path, EntryType::GNULongName), (link, EntryType::GNULongLink)] {
             if long.len() > 100 {
                 let mut terminated = long.to_vec();
@@ -71,11 +71,16 @@ impl Layer {
         self.entry(EntryType::Link, path.as_bytes(), target.as_bytes(), b"", |_| {})
     }
 
-    pub fn device(self, path: &str, kind: EntryType, major: u32, minor: u32) -> Self {
-        self.entry(kind, path.as_bytes(), b"", b"", |header| {
-            header.set_device_major(major).unwrap();
-            header.set_device_minor(minor).unwrap();
-        })
+    pub fn device(mut self, path: &str, kind: EntryType, major: u32, minor: u32) -> Self {
+        let start = self.bytes.len();
+        self = self.entry(kind, path.as_bytes(), b"", b"", |_| {});
+        let mut header = Header::new_gnu();
+        header.as_mut_bytes().copy_from_slice(&self.bytes[start..]);
+        header.set_device_major(major).unwrap();
+        header.set_device_minor(minor).unwrap();
+        header.set_cksum();
+        self.bytes.truncate(start);
+        self.raw(header.as_bytes())
     }
 
     /// An extended header for the entry that follows.
@@ -118,7 +123,6 @@ pub struct TestImage {
 }
 
 pub const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
-pub const INDEX_TYPE: &str = "application/vnd.oci.image.index.v1+json";
 
 impl TestImage {
     /// An image of tar archives, each compressed in its way, for linux and an architecture.

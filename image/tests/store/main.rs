@@ -10,35 +10,35 @@ use std::path::{Path, PathBuf};
 use image::{Image, PullOptions, Reference, Silent, Store};
 
 /// A store in a directory of its own.
-pub struct Fixture {
-    pub directory: tempfile::TempDir,
-    pub store: Store,
+pub(crate) struct Fixture {
+    pub(crate) directory: tempfile::TempDir,
+    pub(crate) store: Store,
 }
 
 impl Fixture {
-    pub fn new() -> Fixture {
+    pub(crate) fn new() -> Fixture {
         let directory = tempfile::tempdir().unwrap();
         let store = Store::open(&directory.path().join("store")).unwrap();
         Fixture { directory, store }
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
-    pub fn pull(&self, reference: &str) -> Result<Image, image::Error> {
+    pub(crate) fn pull(&self, reference: &str) -> Result<Image, image::Error> {
         self.store.pull(&reference.parse::<Reference>()?, &PullOptions::default(), &Silent)
     }
 
     /// Pulls an image through an OCI layout.
-    pub fn pull_image(&self, image: &images::TestImage) -> Result<Image, image::Error> {
+    pub(crate) fn pull_image(&self, image: &images::TestImage) -> Result<Image, image::Error> {
         let directory = self.path(&image.manifest.hex());
         image.write_layout(&directory, "latest");
         self.pull(&format!("oci:{}", directory.display()))
     }
 
     /// Files in the store that are no images, records or names: an idle store has none.
-    pub fn leftovers(&self) -> Vec<PathBuf> {
+    pub(crate) fn leftovers(&self) -> Vec<PathBuf> {
         let root = self.path("store");
         let mut left: Vec<_> = ["tmp", "blobs/sha256", "locks"].iter().flat_map(|name| entries(&root.join(name))).collect();
         left.retain(|path| !path.ends_with("locks/store"));
@@ -46,12 +46,12 @@ impl Fixture {
     }
 }
 
-pub fn entries(directory: &Path) -> Vec<PathBuf> {
+pub(crate) fn entries(directory: &Path) -> Vec<PathBuf> {
     std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect()
 }
 
 /// An error with all its causes, as the command line shows it.
-pub fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {
