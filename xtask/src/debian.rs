@@ -33,7 +33,7 @@ pub fn setup() -> Result<()> {
     }
     eprintln!("setup: installing Debian packages: {}", missing.join(" "));
     // The package lists may be missing (a fresh image) or older than the archive, so they are always fetched.
-    run(&mut privileged("apt-get").args(["update", "-q=2"]))?;
+    run(privileged("apt-get").args(["update", "-q=2"]))?;
     run(privileged("apt-get")
         .env("DEBIAN_FRONTEND", "noninteractive")
         .args(["install", "--yes", "-q=2", "-o=Dpkg::Use-Pty=0", "--no-install-recommends"])
@@ -54,8 +54,7 @@ fn privileged(program: &str) -> Command {
 
 /// The version of an installed package.
 pub fn version(package: &str) -> Option<String> {
-    let output =
-        Command::new("dpkg-query").args(["-W", "-f=${db:Status-Status} ${Version}", package]).output().ok()?;
+    let output = Command::new("dpkg-query").args(["-W", "-f=${db:Status-Status} ${Version}", package]).output().ok()?;
     let text = String::from_utf8(output.stdout).ok()?;
     let version = text.strip_prefix("installed ")?;
     output.status.success().then(|| version.to_owned())

@@ -2,12 +2,19 @@
 
 #![forbid(unsafe_code)]
 
+mod build;
 mod command;
 mod cpio;
 mod debian;
+mod demo;
+mod kernel;
 mod lab;
 mod paths;
+mod test;
+mod tidy;
 
+use std::ffi::OsString;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -25,13 +32,37 @@ struct Cli {
 enum Task {
     /// Install the Debian packages that building, testing and the demo need
     Setup,
+    /// Build the guest kernel and print where it is
+    Kernel,
     /// Run a command in an emulated machine whose /dev/kvm can run guests
     Lab(lab::LabArgs),
+    /// Build everything into target/release
+    Build,
+    /// Run a container in a micro-VM: directly where KVM can, else in the lab
+    Demo,
+    /// Run the whole test suite
+    Test {
+        /// Names of end-to-end tests to run, and options of the test harness [default: all]
+        #[arg(last = true)]
+        filters: Vec<OsString>,
+    },
+    /// Run the tests that boot guests
+    E2e {
+        /// Names of tests to run, and options of the test harness [default: all]
+        #[arg(last = true)]
+        filters: Vec<OsString>,
+    },
+    /// Check format, lints and structure
+    Check,
+    /// Check the structure of the tree
+    Tidy,
+    /// Check licences and sources of dependencies
+    Deny,
     /// Inside the lab: pass standard input on to a port and print how many bytes that were
     #[command(hide = true)]
     LabRelay {
         /// The port's device node
-        port: std::path::PathBuf,
+        port: PathBuf,
     },
 }
 
@@ -46,7 +77,15 @@ fn main() -> ExitCode {
 fn perform(task: Task) -> Result<ExitCode> {
     match task {
         Task::Setup => debian::setup()?,
+        Task::Kernel => println!("{}", kernel::kernel()?.display()),
         Task::Lab(args) => return lab::run(&args),
+        Task::Build => build::build()?,
+        Task::Demo => return demo::demo(),
+        Task::Test { filters } => return test::test(&filters),
+        Task::E2e { filters } => return test::e2e(&filters),
+        Task::Check => test::check()?,
+        Task::Tidy => tidy::tidy()?,
+        Task::Deny => test::deny()?,
         Task::LabRelay { port } => println!("{}", lab::relay(&port)?),
     }
     Ok(ExitCode::SUCCESS)

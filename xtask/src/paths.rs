@@ -57,8 +57,7 @@ pub fn publish(from: &Path, to: &Path) -> Result<()> {
         .with_context(|| format!("cannot create a file in {}", folder.display()))?;
     let name = staged.path().join("file");
     if fs::hard_link(from, &name).is_err() {
-        fs::copy(from, &name)
-            .with_context(|| format!("cannot copy {} to {}", from.display(), folder.display()))?;
+        fs::copy(from, &name).with_context(|| format!("cannot copy {} to {}", from.display(), folder.display()))?;
     }
     fs::rename(&name, to).with_context(|| format!("cannot replace {}", to.display()))?;
     // Renaming one hard link over another of the same file leaves both: the folder's removal takes the rest.

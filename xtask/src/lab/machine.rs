@@ -153,7 +153,9 @@ impl Session<'_> {
             (OsString::from("COFFERDAM_LAB"), OsString::from("1")),
             (OsString::from("COFFERDAM_LAB_OUT"), self.out.as_os_str().to_owned()),
         ];
-        for (name, value) in std::env::vars_os().filter(|(name, _)| own.iter().all(|(ours, _)| ours != name)).chain(own.clone()) {
+        for (name, value) in
+            std::env::vars_os().filter(|(name, _)| own.iter().all(|(ours, _)| ours != name)).chain(own.clone())
+        {
             text.push(b' ');
             let mut pair = name.into_vec();
             pair.push(b'=');

@@ -18,7 +18,7 @@ mod relay;
 use std::ffi::OsString;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
@@ -88,7 +88,8 @@ pub fn run(args: &LabArgs) -> Result<ExitCode> {
     let machine = Machine::prepare()?;
     let out = machine::out_folder(args.out.clone())?;
     let folder = std::env::current_dir().context("the current folder is gone")?;
-    let scratch = tempfile::Builder::new().prefix("cofferdam-lab-").tempdir().context("cannot create a temporary folder")?;
+    let scratch =
+        tempfile::Builder::new().prefix("cofferdam-lab-").tempdir().context("cannot create a temporary folder")?;
     let initramfs = scratch.path().join("initramfs.cpio");
     machine.write_initramfs(&initramfs, &Session { command: &args.command, folder: &folder, out: &out })?;
 

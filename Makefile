@@ -1,0 +1,15 @@
+# A menu: the logic is in xtask/ (`cargo xtask --help`).
+.PHONY: build test demo check deny e2e setup clean
+
+build: ; @cargo xtask build
+test:  ; @cargo xtask test
+demo:  ; @cargo xtask demo
+# Format, lints, structure: what needs no guest and runs no test.
+check: ; @cargo xtask check
+# Licences and sources of dependencies; needs `cargo install cargo-deny`.
+deny:  ; @cargo xtask deny
+# The tests that boot guests, alone.
+e2e:   ; @cargo xtask e2e
+setup: ; @cargo xtask setup
+# The kernel cache outside the tree stays.
+clean: ; @cargo clean

@@ -1,0 +1,130 @@
+//! `cargo xtask test`: everything that must hold before a change is accepted, cheapest first.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::build::cargo;
+use crate::command::run;
+use crate::lab::{self, LabArgs};
+use crate::{build, debian, demo, paths, tidy};
+
+/// The package whose tests boot guests.
+const E2E_PACKAGE: &str = "tests";
+/// How long those may take in the lab, in seconds.
+const E2E_LIMIT: u32 = 1500;
+/// The lab's memory for them, in MiB: guests, their images, and every file written.
+const E2E_MEMORY: u32 = 6144;
+
+/// The whole suite.
+pub fn test(filters: &[OsString]) -> Result<ExitCode> {
+    step("setup", debian::setup)?;
+    step("build", build::build)?;
+    check()?;
+    step("unit tests", unit)?;
+    e2e(filters)
+}
+
+/// What needs no guest and no test run: format, lints, structure, dependencies.
+pub fn check() -> Result<()> {
+    step("format", || run(cargo().args(["fmt", "--all", "--check"])))?;
+    step("lints", || {
+        run(cargo().args(["clippy", "--quiet", "--workspace", "--all-targets", "--", "--deny", "warnings"]))
+    })?;
+    step("structure", tidy::tidy)?;
+    if paths::find_program("cargo-deny").is_some() || cargo_tool("deny") {
+        step("dependencies", deny)?;
+    } else {
+        eprintln!(
+            "test: cargo-deny is not installed: `make deny` (after `cargo install cargo-deny`) checks dependencies"
+        );
+    }
+    Ok(())
+}
+
+/// Licences, sources and duplicates of what we depend on, by `deny.toml`.
+pub fn deny() -> Result<()> {
+    run(cargo().args(["deny", "--workspace", "check", "bans", "licenses", "sources"]))
+        .context("the dependencies break a rule of deny.toml, or cargo-deny is missing (`cargo install cargo-deny`)")
+}
+
+/// Tests that run anywhere.
+fn unit() -> Result<()> {
+    let mut command = cargo();
+    if cargo_tool("nextest") {
+        command.args(["nextest", "run", "--workspace", "--exclude", E2E_PACKAGE]);
+    } else {
+        command.args(["test", "--quiet", "--workspace", "--exclude", E2E_PACKAGE]);
+    }
+    run(&mut command)
+}
+
+/// Tests that boot guests: here when KVM can, else in the lab. The exit code is the last failing program's.
+pub fn e2e(filters: &[OsString]) -> Result<ExitCode> {
+    let programs = step("end-to-end tests: compile", e2e_programs)?;
+    let here = demo::kvm_runs_guests();
+    if !here {
+        eprintln!("test: /dev/kvm on this host cannot run guests: running the end-to-end tests in the lab");
+    }
+    let mut code = ExitCode::SUCCESS;
+    for program in programs {
+        let mut command = vec![OsString::from(program)];
+        command.extend_from_slice(filters);
+        if here {
+            let status = Command::new(&command[0]).args(&command[1..]).current_dir(paths::root()).status()?;
+            if !status.success() {
+                code = ExitCode::FAILURE;
+            }
+            continue;
+        }
+        let ended = lab::run(&LabArgs { timeout: E2E_LIMIT, mem: E2E_MEMORY, ..LabArgs::for_command(command) })?;
+        if ended != ExitCode::SUCCESS {
+            code = ended;
+        }
+    }
+    Ok(code)
+}
+
+/// Compiles the end-to-end tests and gives the programs that hold them.
+fn e2e_programs() -> Result<Vec<PathBuf>> {
+    let output = cargo()
+        .args(["test", "--package", E2E_PACKAGE, "--no-run", "--message-format=json-render-diagnostics"])
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot start cargo")?;
+    if !output.status.success() {
+        bail!("the end-to-end tests do not compile");
+    }
+    let text = String::from_utf8(output.stdout).context("cargo did not write UTF-8")?;
+    let programs: Vec<PathBuf> = text
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter(|message| message["target"]["kind"] == serde_json::json!(["test"]))
+        .filter_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .collect();
+    ensure!(!programs.is_empty(), "the package `{E2E_PACKAGE}` has no end-to-end tests");
+    Ok(programs)
+}
+
+/// Whether `cargo NAME` exists.
+fn cargo_tool(name: &str) -> bool {
+    cargo()
+        .args([name, "--version"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
+/// Runs one step between two lines that say what it is and how long it took.
+fn step<T>(name: &str, perform: impl FnOnce() -> Result<T>) -> Result<T> {
+    eprintln!("== {name}");
+    let start = Instant::now();
+    let result = perform()?;
+    eprintln!("== {name}: {:.1} s", start.elapsed().as_secs_f64());
+    Ok(result)
+}
