@@ -67,7 +67,12 @@ impl Flattener {
             let path = archive.current_path().to_vec();
             return Err(fault(&path, problem, archive.into_inner().into_inner().abandon().ok()));
         }
-        let measured = archive.into_inner().into_inner().finish().map_err(|problem| fault(b"", problem, None))?;
+        // What follows the archive's end is part of the digests too.
+        let mut stream = archive.into_inner().into_inner();
+        if let Err(problem) = stream.drain() {
+            return Err(fault(b"", problem, stream.abandon().ok()));
+        }
+        let measured = stream.finish().map_err(|problem| fault(b"", problem, None))?;
         self.unpacked += measured.unpacked;
         Ok(measured)
     }

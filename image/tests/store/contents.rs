@@ -128,3 +128,138 @@ fn the_same_layers_give_the_same_bytes() {
     assert_eq!(gzip.rootfs.file_name(), plain.rootfs.file_name());
     assert!(std::fs::read(&gzip.rootfs).unwrap() == std::fs::read(&plain.rootfs).unwrap(), "bytes differ");
 }
+
+/// Paths of an image made of some layers, each with the content of files.
+fn listing(layers: Vec<Layer>) -> Vec<String> {
+    let fixture = Fixture::new();
+    let layers: Vec<_> = layers.into_iter().map(|layer| (layer.finish(), Compression::Gzip)).collect();
+    let image = fixture.pull_image(&TestImage::new(&layers, "amd64")).unwrap();
+    snapshot::fsck(&image.rootfs);
+    let tree = snapshot::read_by_crate(&image.rootfs);
+    if let Some(mounted) = snapshot::mounted(&image.rootfs) {
+        assert_eq!(mounted.keys().collect::<Vec<_>>(), tree.keys().collect::<Vec<_>>());
+    }
+    tree.into_keys().skip(1).map(|path| path.display().to_string()).collect()
+}
+
+#[test]
+fn whiteouts_remove_what_lower_layers_left() {
+    let base = || {
+        Layer::new()
+            .file("a", b"1")
+            .directory("d")
+            .file("d/x", b"2")
+            .directory("d/sub")
+            .file("d/sub/y", b"3")
+            .directory("e")
+            .file("e/z", b"4")
+    };
+    let upper = |layer: Layer| listing(vec![base(), layer]);
+    let blank = |layer: Layer, name: &str| layer.file(name, b"");
+    assert_eq!(upper(blank(Layer::new(), ".wh.a")), ["d", "d/sub", "d/sub/y", "d/x", "e", "e/z"]);
+    assert_eq!(upper(blank(Layer::new(), "d/.wh.sub")), ["a", "d", "d/x", "e", "e/z"]);
+    assert_eq!(upper(blank(Layer::new(), ".wh.d")), ["a", "e", "e/z"]);
+    assert_eq!(upper(blank(Layer::new(), "d/.wh..wh..opq")), ["a", "d", "e", "e/z"]);
+    assert_eq!(upper(blank(Layer::new(), ".wh..wh..opq")), Vec::<String>::new());
+    // Whatever the order, a whiteout does not touch what its own layer brings.
+    let kept = ["a", "d", "d/sub", "d/sub/n", "e", "e/z"];
+    assert_eq!(upper(blank(Layer::new(), "d/.wh..wh..opq").file("d/sub/n", b"")), kept);
+    assert_eq!(upper(blank(Layer::new().file("d/sub/n", b""), "d/.wh..wh..opq")), kept);
+    assert_eq!(upper(blank(Layer::new().file("d/sub/n", b""), ".wh.d")), kept);
+    assert_eq!(upper(blank(Layer::new().file("a", b"new"), ".wh.a")), upper(Layer::new()));
+    // What is not there can be removed all the same, and makes no directory; AUFS leftovers mean nothing.
+    assert_eq!(upper(blank(blank(Layer::new(), "no/such/.wh.x"), ".wh.nothing")), upper(Layer::new()));
+    assert_eq!(upper(Layer::new().directory(".wh..wh.plnk").file(".wh..wh.plnk/1.2", b"").file(".wh..wh.aufs", b"")), upper(Layer::new()));
+}
+
+#[test]
+fn files_and_directories_replace_each_other() {
+    let base = || Layer::new().directory("d").file("d/x", b"").file("f", b"").symlink("l", "d");
+    let over = |layer: Layer| listing(vec![base(), layer]);
+    assert_eq!(over(Layer::new().file("d", b"")), ["d", "f", "l"]);
+    assert_eq!(over(Layer::new().directory("f").file("f/y", b"")), ["d", "d/x", "f", "f/y", "l"]);
+    assert_eq!(over(Layer::new().directory("l").file("l/y", b"")), ["d", "d/x", "f", "l", "l/y"]);
+    assert_eq!(over(Layer::new().hard_link("d", "d/x")), ["d", "f", "l"]);
+    assert_eq!(listing(vec![base(), Layer::new().file("d", b""), Layer::new().file("d2", b"").directory("d")]), ["d", "d2", "f", "l"]);
+}
+
+#[test]
+fn names_are_relative_to_the_image_and_links_are_followed_inside_it() {
+    let base = || Layer::new().directory("usr").directory("usr/lib").symlink("lib", "usr/lib").symlink("abs", "/usr");
+    let over = |layer: Layer| listing(vec![base(), layer]);
+    let with = |more: &[&str]| {
+        let mut all = vec!["abs".to_owned(), "lib".to_owned(), "usr".to_owned(), "usr/lib".to_owned()];
+        all.extend(more.iter().map(|path| (*path).to_owned()));
+        all.sort();
+        all
+    };
+    assert_eq!(over(Layer::new().file("/x", b"")), with(&["x"]));
+    assert_eq!(over(Layer::new().file("./x//y/./z", b"")), with(&["x", "x/y", "x/y/z"]));
+    assert_eq!(over(Layer::new().file("lib/so", b"")), with(&["usr/lib/so"]));
+    assert_eq!(over(Layer::new().file("abs/lib/so", b"").hard_link("so", "/lib/so")), with(&["so", "usr/lib/so"]));
+    assert_eq!(over(Layer::new().file("lib/x", b"").file("lib/.wh.x", b"").file("usr/lib/k", b"")), with(&["usr/lib/k", "usr/lib/x"]));
+    // A link to what does not exist yet: its target is made.
+    assert_eq!(over(Layer::new().symlink("run", "var/run").file("run/pid", b"")), with(&["run", "var", "var/run", "var/run/pid"]));
+}
+
+#[test]
+fn sparse_files_are_filled_in_and_take_no_space() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("sparse");
+    let writer = std::fs::File::create(&file).unwrap();
+    writer.set_len(300 << 20).unwrap();
+    for offset in [0u64, 5000, 1 << 20, (200 << 20) + 77, (300 << 20) - 3] {
+        std::os::unix::fs::FileExt::write_all_at(&writer, b"xyz", offset).unwrap();
+    }
+    let expected = snapshot::directory(directory.path());
+    for format in ["--format=gnu", "--format=posix --sparse-version=0.0", "--format=posix --sparse-version=0.1", "--format=posix --sparse-version=1.0"] {
+        let output = Command::new("tar")
+            .args(["--create", "--sparse", "--numeric-owner"])
+            .args(format.split(' '))
+            .arg("--directory")
+            .arg(directory.path())
+            .arg("sparse")
+            .output()
+            .unwrap();
+        assert!(output.status.success() && output.stdout.len() < 1 << 20, "{format}: {} bytes", output.stdout.len());
+        let fixture = Fixture::new();
+        let image = fixture.pull_image(&TestImage::new(&[(output.stdout, Compression::Zstd)], "amd64")).unwrap();
+        let tree = snapshot::read_by_crate(&image.rootfs);
+        let name = Path::new("sparse");
+        assert_eq!(tree.keys().collect::<Vec<_>>(), [Path::new(""), name], "{format}");
+        assert!(tree[name].content == expected[name].content, "{format}: {:?}", tree[name].content);
+        let blocks = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&image.rootfs).unwrap());
+        assert!(blocks * 512 < 1 << 20, "{format}: {blocks} blocks");
+    }
+}
+
+#[test]
+fn replaced_data_gives_its_space_back() {
+    let noise: Vec<u8> = (0..1_000_000u32).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+    let fixture = Fixture::new();
+    let layers = [Layer::new().file("f", &noise), Layer::new().file("f", b"small")];
+    let layers: Vec<_> = layers.into_iter().map(|layer| (layer.finish(), Compression::Zstd)).collect();
+    let image = fixture.pull_image(&TestImage::new(&layers, "amd64")).unwrap();
+    let blocks = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&image.rootfs).unwrap());
+    assert!(blocks * 512 < 100_000, "{blocks} blocks");
+}
+
+#[test]
+fn an_empty_image_is_an_empty_directory() {
+    assert_eq!(listing(vec![]), Vec::<String>::new());
+    assert_eq!(listing(vec![Layer::new()]), Vec::<String>::new());
+    assert_eq!(listing(vec![Layer::new().directory("/"), Layer::new().directory("./")]), Vec::<String>::new());
+}
+
+#[test]
+fn a_large_directory_is_searchable() {
+    let Some(_) = rustix::process::geteuid().is_root().then_some(()) else { return };
+    let mut layer = Layer::new();
+    let names: Vec<_> = (0..5000).map(|n| format!("{:0>width$}", n * 7919 % 5000, width = 1 + n % 60)).collect();
+    for name in &names {
+        layer = layer.file(&format!("d/{name}"), b"");
+    }
+    let paths = listing(vec![layer]);
+    let distinct: std::collections::BTreeSet<_> = names.iter().collect();
+    assert_eq!(paths.len(), distinct.len() + 1);
+}

@@ -236,7 +236,7 @@ pub fn compress(bytes: &[u8], compression: Compression) -> Vec<u8> {
     match compression {
         Compression::None => bytes.to_vec(),
         Compression::Gzip => {
-            let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
             encoder.write_all(bytes).unwrap();
             encoder.finish().unwrap()
         }

@@ -2,6 +2,7 @@
 //! `docker-registry` on loopback), compared with what tar(1) makes of the same layers.
 
 mod contents;
+mod hostile;
 mod images;
 mod snapshot;
 
