@@ -160,6 +160,17 @@ pub enum Error {
     Runtime(#[source] io::Error),
 }
 
+impl Error {
+    /// Whether the same pull may well succeed later: what was fetched so far is worth keeping.
+    pub(crate) fn is_transient(&self) -> bool {
+        match self {
+            Error::Unreachable { .. } | Error::Transfer { .. } | Error::Io { .. } | Error::Runtime(_) => true,
+            Error::RegistryStatus { status, .. } => *status == 429 || *status >= 500,
+            _ => false,
+        }
+    }
+}
+
 fn at(path: &str) -> String {
     if path.is_empty() { String::new() } else { format!(" at `{path}`") }
 }

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use oci_client::RegistryOperation;
 use oci_client::client::{ClientConfig, ClientProtocol};
-use oci_client::errors::OciDistributionError;
+use oci_client::errors::{OciDistributionError, OciErrorCode};
 use oci_client::secrets::RegistryAuth;
 use reqwest::StatusCode;
 use tokio::runtime::Runtime;
@@ -232,6 +232,16 @@ impl Connection {
             }
             OciDistributionError::ServerError { code, .. } => {
                 Error::RegistryStatus { registry, status: code, what: what.to_owned() }
+            }
+            // The status is lost here; the code says as much (OCI Distribution Specification, "Error Codes").
+            OciDistributionError::RegistryError { envelope, .. } => {
+                let status = match envelope.errors.first().map(|error| &error.code) {
+                    Some(OciErrorCode::Unauthorized | OciErrorCode::Denied) => 403,
+                    Some(OciErrorCode::BlobUnknown | OciErrorCode::NameUnknown | OciErrorCode::NotFound) => 404,
+                    Some(OciErrorCode::Toomanyrequests) => 429,
+                    _ => 400,
+                };
+                Error::RegistryStatus { registry, status, what: what.to_owned() }
             }
             other => self.transfer(what, other.into()),
         }

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use super::locks::{self, PathLock};
 use super::record::{Name, Record, id_prefix};
-use super::{Store, file_names};
+use super::{STORE_LOCK, Store, file_names};
 use crate::digest::Digest;
 use crate::error::{Error, IoContext};
 use crate::reference::Reference;
@@ -139,9 +139,13 @@ impl Store {
         Ok(pruned)
     }
 
-    /// Removes temporary files and layers that no running pull is working on.
+    /// Removes temporary files, locks and layers that no running pull is working on.
     fn prune_unfinished(&self) -> Result<u64, Error> {
         let mut freed = 0;
+        for name in file_names(&self.paths.locks())?.iter().filter(|name| *name != STORE_LOCK) {
+            // A lock that can be had is nobody's, and goes with its file.
+            drop(PathLock::try_acquire(&self.paths.locks().join(name))?);
+        }
         for name in file_names(&self.paths.tmp())? {
             let path = self.paths.tmp().join(&name);
             // An unfinished image belongs to who has its lock; records are only written under the store's lock.

@@ -37,6 +37,9 @@ use crate::source::RegistryOptions;
 pub(crate) use locks::PathLock;
 use record::{Name, Record};
 
+/// The lock that stays: names, records and image files appear and go under it.
+const STORE_LOCK: &str = "store";
+
 /// A directory of images.
 #[derive(Clone, Debug)]
 pub struct Store {

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use super::locks::{self, PathLock};
 use super::record::{Name, Record, image_key, publish_json, sync_parent};
-use super::{Image, PullOptions, Store};
+use super::{Image, PullOptions, STORE_LOCK, Store};
 use crate::digest::Digest;
 use crate::error::{Error, IoContext};
 use crate::flatten::flatten;
@@ -74,7 +74,7 @@ impl Store {
         let file = temporary.file.try_clone().during("open", &path)?;
         let result = flatten(origin, resolved, &options.limits, (file, &path), key.uuid(), progress);
         if let Err(error) = &result
-            && !matches!(error, Error::Unreachable { .. } | Error::Transfer { .. } | Error::Io { .. })
+            && !error.is_transient()
         {
             // The image itself is at fault: nothing of it is worth keeping for another try.
             origin.discard();
@@ -127,7 +127,7 @@ impl Store {
 
     /// The store's lock, for a moment.
     pub(super) fn lock(&self) -> Result<PathLock, Error> {
-        let mut lock = PathLock::acquire(&self.paths.locks().join("store"))?;
+        let mut lock = PathLock::acquire(&self.paths.locks().join(STORE_LOCK))?;
         lock.keep_file();
         Ok(lock)
     }

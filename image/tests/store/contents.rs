@@ -207,8 +207,8 @@ fn sparse_files_are_filled_in_and_take_no_space() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("sparse");
     let writer = std::fs::File::create(&file).unwrap();
-    writer.set_len(300 << 20).unwrap();
-    for offset in [0u64, 5000, 1 << 20, (200 << 20) + 77, (300 << 20) - 3] {
+    writer.set_len(40 << 20).unwrap();
+    for offset in [0u64, 5000, 1 << 20, (20 << 20) + 77, (40 << 20) - 3] {
         std::os::unix::fs::FileExt::write_all_at(&writer, b"xyz", offset).unwrap();
     }
     let expected = snapshot::directory(directory.path());

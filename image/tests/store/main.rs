@@ -4,7 +4,10 @@
 mod contents;
 mod hostile;
 mod images;
+mod interrupted;
+mod registry;
 mod snapshot;
+mod upkeep;
 
 use std::path::{Path, PathBuf};
 

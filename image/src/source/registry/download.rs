@@ -81,8 +81,7 @@ impl Downloads<'_> {
         let file = match result {
             Ok(()) => partial.publish()?,
             Err(error) => {
-                let network = matches!(error, Error::Unreachable { .. } | Error::Transfer { .. });
-                if network && partial.bytes > 0 {
+                if error.is_transient() && partial.bytes > 0 {
                     // Worth going on with next time.
                     partial.lock.keep_file();
                 }
@@ -100,7 +99,7 @@ impl Downloads<'_> {
         while partial.bytes < partial.blob.bytes {
             let before = partial.bytes;
             let Err(error) = self.attempt(index, partial, &what).await else { continue };
-            if !matches!(error, Error::Transfer { .. } | Error::Unreachable { .. }) {
+            if !error.is_transient() || matches!(error, Error::Io { .. }) {
                 return Err(error);
             }
             retries = if partial.bytes > before { 1 } else { retries + 1 };
@@ -115,16 +114,19 @@ impl Downloads<'_> {
 
     /// One request. Ends with the answer; short of the whole layer only if the connection broke.
     async fn attempt(&self, index: usize, partial: &mut Partial, what: &str) -> Result<(), Error> {
-        let (from_start, mut input, length) = {
-            let (partially, input) = self.connection.blob(partial.blob, partial.bytes, what).await?;
-            let length = input.content_length;
-            (!partially, input, length)
-        };
-        if from_start {
+        let answer = self.connection.blob(partial.blob, partial.bytes, what).await;
+        let (continues, mut input) = answer.map_err(|error| match error {
+            // Range not satisfiable: the registry's blob ends here at the latest.
+            Error::RegistryStatus { status: 416, .. } => {
+                Error::WrongSize { what: what.to_owned(), expected: partial.blob.bytes, actual: partial.bytes }
+            }
+            error => error,
+        })?;
+        if !continues {
             partial.restart()?;
         }
         // An answer that announces another size can't be the layer, however often it is asked for.
-        let announced = length.map(|length| partial.bytes.saturating_add(length));
+        let announced = input.content_length.map(|length| partial.bytes.saturating_add(length));
         if let Some(actual) = announced.filter(|announced| *announced != partial.blob.bytes) {
             return Err(Error::WrongSize { what: what.to_owned(), expected: partial.blob.bytes, actual });
         }
