@@ -121,7 +121,7 @@ impl Plan {
             config: &config,
             image: image.lease.as_fd(),
             stdin: request.interactive,
-            mask: &signals.previous,
+            mask: &signals.children,
         };
         times.monitor_spawning = timeline::now();
         let running = launch.spawn()?;

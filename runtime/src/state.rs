@@ -23,9 +23,6 @@ pub const RUN_VARIABLE: &str = "COFFERDAM_RUN";
 /// The directory in the run root in which each name is a symbolic link to an id.
 const NAMES: &str = "names";
 
-/// How often a directory may be swept away while it is being made, before that is an error.
-const ATTEMPTS: usize = 8;
-
 /// Why there is no state directory.
 #[derive(Debug, Error)]
 pub enum StateError {
@@ -118,18 +115,7 @@ impl RunRoot {
     /// The name is in use, or the file system does not let us.
     pub fn create(&self, id: &ContainerId, name: Option<&str>) -> Result<StateDirectory, StateError> {
         let path = self.path.join(id.as_str());
-        let mut attempts = 0;
-        let lock = loop {
-            rustix::fs::mkdirat(&self.directory, id.as_str(), Mode::RWXU)
-                .map_err(|errno| failed("make the state directory", &path)(errno.into()))?;
-            match self.lock(id.as_str()) {
-                Ok(lock) => break lock,
-                Err(errno) if attempts == ATTEMPTS => {
-                    return Err(failed("lock the state directory", &path)(errno.into()));
-                }
-                Err(_) => attempts += 1,
-            }
-        };
+        let lock = self.make(id).map_err(|errno| failed("make the state directory", &path)(errno.into()))?;
         let mut state = StateDirectory { path, name: None, _lock: lock };
         if let Some(name) = name {
             state.name = Some(self.link(name, id)?);
@@ -137,11 +123,25 @@ impl RunRoot {
         Ok(state)
     }
 
-    /// Locks a state directory that nobody holds.
-    fn lock(&self, id: &str) -> rustix::io::Result<OwnedFd> {
+    /// Makes and locks a directory. A sweep that saw it before it was locked may be removing it: it is waited for.
+    fn make(&self, id: &ContainerId) -> rustix::io::Result<OwnedFd> {
+        rustix::fs::mkdirat(&self.directory, id.as_str(), Mode::RWXU)?;
+        loop {
+            match self.lock(id.as_str(), FlockOperation::LockExclusive) {
+                Err(Errno::NOENT) => match rustix::fs::mkdirat(&self.directory, id.as_str(), Mode::RWXU) {
+                    Ok(()) | Err(Errno::EXIST) => {}
+                    Err(errno) => return Err(errno),
+                },
+                locked => return locked,
+            }
+        }
+    }
+
+    /// Locks a state directory that is there.
+    fn lock(&self, id: &str, operation: FlockOperation) -> rustix::io::Result<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let directory = openat(&self.directory, id, flags, Mode::empty())?;
-        flock(&directory, FlockOperation::NonBlockingLockExclusive)?;
+        rustix::io::retry_on_intr(|| flock(&directory, operation))?;
         let (locked, named) = (fstat(&directory)?, statat(&self.directory, id, AtFlags::SYMLINK_NOFOLLOW)?);
         if (locked.st_dev, locked.st_ino) == (named.st_dev, named.st_ino) { Ok(directory) } else { Err(Errno::NOENT) }
     }
@@ -179,7 +179,8 @@ impl RunRoot {
     /// The living container that a name leads to.
     fn holder(&self, link: &Path) -> Option<String> {
         let id = fs::read_link(link).ok()?.into_os_string().into_string().ok()?;
-        (is_id(&id) && matches!(self.lock(&id), Err(Errno::AGAIN))).then_some(id)
+        (is_id(&id) && matches!(self.lock(&id, FlockOperation::NonBlockingLockExclusive), Err(Errno::AGAIN)))
+            .then_some(id)
     }
 
     /// Removes what killed processes left behind: state directories that nobody holds, and names that lead to none.
@@ -188,7 +189,7 @@ impl RunRoot {
         let Ok(entries) = fs::read_dir(&self.path) else { return };
         for name in entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
             if is_id(&name)
-                && let Ok(_lock) = self.lock(&name)
+                && let Ok(_lock) = self.lock(&name, FlockOperation::NonBlockingLockExclusive)
             {
                 _ = fs::remove_dir_all(self.path.join(name));
             }

@@ -77,8 +77,9 @@ pub enum Outcome {
 #[derive(Debug)]
 pub struct Signals {
     descriptor: SignalFd,
-    /// The mask of before, which children get.
-    pub previous: SigSet,
+    /// The mask for a monitor: that of before, with the keys of a terminal blocked too. They reach the whole process
+    /// group, and a monitor that has just been started does not ignore them yet.
+    pub children: SigSet,
 }
 
 impl Signals {
@@ -89,10 +90,11 @@ impl Signals {
     pub fn block() -> Result<Self, SuperviseError> {
         let set: SigSet = FORWARDED.into_iter().collect();
         let failed = |errno: nix::Error| SuperviseError::Signals(errno.into());
-        let previous = set.thread_swap_mask(SigmaskHow::SIG_BLOCK).map_err(failed)?;
+        let mut children = set.thread_swap_mask(SigmaskHow::SIG_BLOCK).map_err(failed)?;
+        children.extend([Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT]);
         let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
         let descriptor = SignalFd::with_flags(&set, flags).map_err(failed)?;
-        Ok(Self { descriptor, previous })
+        Ok(Self { descriptor, children })
     }
 
     fn next(&self) -> Result<Option<Signal>, SuperviseError> {
