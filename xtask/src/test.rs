@@ -70,18 +70,25 @@ pub fn e2e(filters: &[OsString]) -> Result<ExitCode> {
     if !here {
         eprintln!("test: /dev/kvm on this host cannot run guests: running the end-to-end tests in the lab");
     }
+    // Where cargo starts tests, too.
+    let folder = paths::root().join(E2E_PACKAGE);
     let mut code = ExitCode::SUCCESS;
     for program in programs {
         let mut command = vec![OsString::from(program)];
         command.extend_from_slice(filters);
         if here {
-            let status = Command::new(&command[0]).args(&command[1..]).current_dir(paths::root()).status()?;
+            let status = Command::new(&command[0]).args(&command[1..]).current_dir(&folder).status()?;
             if !status.success() {
                 code = ExitCode::FAILURE;
             }
             continue;
         }
-        let ended = lab::run(&LabArgs { timeout: E2E_LIMIT, mem: E2E_MEMORY, ..LabArgs::for_command(command) })?;
+        let ended = lab::run(&LabArgs {
+            timeout: E2E_LIMIT,
+            mem: E2E_MEMORY,
+            folder: Some(folder.clone()),
+            ..LabArgs::for_command(command)
+        })?;
         if ended != ExitCode::SUCCESS {
             code = ended;
         }

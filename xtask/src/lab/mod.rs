@@ -22,6 +22,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -56,6 +57,9 @@ pub struct LabArgs {
     /// The folder that the command can write results to, as $COFFERDAM_LAB_OUT [default: target/lab]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
+    /// Where the command starts: the caller's folder unless set
+    #[arg(skip)]
+    pub folder: Option<PathBuf>,
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "CMD")]
     pub command: Vec<OsString>,
@@ -64,7 +68,7 @@ pub struct LabArgs {
 impl LabArgs {
     /// The default machine running `command`.
     pub fn for_command(command: Vec<OsString>) -> Self {
-        Self { icount: false, mem: 4096, cpus: 2, timeout: 600, out: None, command }
+        Self { icount: false, mem: 4096, cpus: 2, timeout: 600, out: None, folder: None, command }
     }
 }
 
@@ -78,8 +82,8 @@ enum Event {
     Passed { stream: usize, total: u64 },
     /// Our own standard output or error takes no more.
     ReaderGone,
-    /// QEMU ended; what is known of the machine's console.
-    Down { console: Vec<u8> },
+    /// QEMU ended.
+    Down,
 }
 
 /// Runs a command in the lab; the exit code is the command's.
@@ -87,7 +91,10 @@ pub fn run(args: &LabArgs) -> Result<ExitCode> {
     let deadline = Instant::now() + Duration::from_secs(args.timeout.into());
     let machine = Machine::prepare()?;
     let out = machine::out_folder(args.out.clone())?;
-    let folder = std::env::current_dir().context("the current folder is gone")?;
+    let folder = match &args.folder {
+        Some(folder) => folder.clone(),
+        None => std::env::current_dir().context("the current folder is gone")?,
+    };
     let scratch =
         tempfile::Builder::new().prefix("cofferdam-lab-").tempdir().context("cannot create a temporary folder")?;
     let initramfs = scratch.path().join("initramfs.cpio");
@@ -96,13 +103,13 @@ pub fn run(args: &LabArgs) -> Result<ExitCode> {
     let [stdin, stdout, stderr, control] = listen(scratch.path())?;
     let mut qemu = start(args, &machine, &initramfs, scratch.path(), &out)?;
     let (events, inbox) = mpsc::channel();
-    watch_console(&mut qemu, events.clone())?;
+    let console = watch_console(&mut qemu, events.clone())?;
     thread::spawn(move || send_stdin(&stdin));
     receive(stdout, io::stdout(), 0, events.clone());
     receive(stderr, io::stderr(), 1, events.clone());
     thread::spawn(move || read_control(&control, &events));
 
-    let result = supervise(&inbox, deadline, args.timeout, scratch);
+    let result = supervise(&inbox, deadline, args.timeout, scratch, &console);
     // Ended already, or of no use any more: the machine holds nothing that is not on the host by now.
     let _ = qemu.kill();
     let _ = qemu.wait();
@@ -110,7 +117,13 @@ pub fn run(args: &LabArgs) -> Result<ExitCode> {
 }
 
 /// Waits for the end of the command and of its streams, or for whatever comes before that.
-fn supervise(inbox: &Receiver<Event>, deadline: Instant, limit: u32, scratch: tempfile::TempDir) -> Result<ExitCode> {
+fn supervise(
+    inbox: &Receiver<Event>,
+    deadline: Instant,
+    limit: u32,
+    scratch: tempfile::TempDir,
+    console: &Console,
+) -> Result<ExitCode> {
     // Removed as soon as QEMU has read what is in it, so that an interrupted run leaves nothing behind.
     let mut scratch = Some(scratch);
     let mut ended: Option<(u8, [u64; 2])> = None;
@@ -119,6 +132,9 @@ fn supervise(inbox: &Receiver<Event>, deadline: Instant, limit: u32, scratch: te
         let event = match inbox.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             Ok(event) => event,
             Err(RecvTimeoutError::Timeout) => {
+                if scratch.is_some() {
+                    console.show();
+                }
                 eprintln!("lab: the time limit of {limit} s is over: ended (raise it with --timeout)");
                 return Ok(ExitCode::from(TIMED_OUT));
             }
@@ -130,8 +146,8 @@ fn supervise(inbox: &Receiver<Event>, deadline: Instant, limit: u32, scratch: te
             Event::Passed { stream, total } => passed[stream] = total,
             // As a program does that gets SIGPIPE.
             Event::ReaderGone => return Ok(ExitCode::from(128 + 13)),
-            Event::Down { console } => {
-                io::stderr().write_all(&console)?;
+            Event::Down => {
+                console.show();
                 let when = if scratch.is_some() { "before it ran the command" } else { "while the command ran" };
                 bail!("the lab's machine ended {when}: its console is above");
             }
@@ -184,29 +200,44 @@ fn start(args: &LabArgs, machine: &Machine, initramfs: &Path, sockets: &Path, ou
     command.spawn().context("cannot start qemu-system-x86_64 through setpriv: run `cargo xtask setup`")
 }
 
-/// Keeps the end of what the machine's console and QEMU itself say, and reports when both are gone.
-fn watch_console(qemu: &mut Child, events: Sender<Event>) -> Result<()> {
-    let console = qemu.stdout.take().context("QEMU has no standard output")?;
-    let complaints = qemu.stderr.take().context("QEMU has no standard error")?;
-    thread::spawn(move || {
-        let complaints = thread::spawn(move || keep_end(complaints));
-        let mut console = keep_end(console);
-        console.extend(complaints.join().unwrap_or_default());
-        // Nobody listens when the run is over already.
-        let _ = events.send(Event::Down { console });
-    });
-    Ok(())
+/// The end of what the machine's console and QEMU itself have said.
+#[derive(Clone, Default)]
+struct Console(Arc<Mutex<Vec<u8>>>);
+
+impl Console {
+    /// Reads a stream to its end.
+    fn read(&self, mut from: impl Read) {
+        let mut buffer = [0; 4096];
+        while let Ok(count @ 1..) = from.read(&mut buffer) {
+            let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            kept.extend_from_slice(&buffer[..count]);
+            let excess = kept.len().saturating_sub(CONSOLE_KEPT);
+            kept.drain(..excess);
+        }
+    }
+
+    /// Writes what is kept to standard error, which may be gone.
+    fn show(&self) {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = io::stderr().write_all(&kept);
+    }
 }
 
-/// Reads a stream to its end and gives its last [`CONSOLE_KEPT`] bytes.
-fn keep_end(mut from: impl Read) -> Vec<u8> {
-    let mut kept = Vec::new();
-    let mut buffer = [0; 4096];
-    while let Ok(count @ 1..) = from.read(&mut buffer) {
-        kept.extend_from_slice(&buffer[..count]);
-        kept.drain(..kept.len().saturating_sub(CONSOLE_KEPT));
-    }
-    kept
+/// Follows the machine's console and QEMU's own complaints, and reports when both have ended.
+fn watch_console(qemu: &mut Child, events: Sender<Event>) -> Result<Console> {
+    let output = qemu.stdout.take().context("QEMU has no standard output")?;
+    let complaints = qemu.stderr.take().context("QEMU has no standard error")?;
+    let console = Console::default();
+    let kept = console.clone();
+    thread::spawn(move || {
+        let other = kept.clone();
+        let complaints = thread::spawn(move || other.read(complaints));
+        kept.read(output);
+        let _ = complaints.join();
+        // Nobody listens when the run is over already.
+        let _ = events.send(Event::Down);
+    });
+    Ok(console)
 }
 
 /// Passes our standard input on. The half-close at its end lets QEMU read all of it before it closes the port.
@@ -280,7 +311,9 @@ mod tests {
     fn only_the_end_of_a_console_is_kept() {
         let mut text = vec![b'a'; CONSOLE_KEPT];
         text.extend_from_slice(b"end");
-        let kept = keep_end(&text[..]);
+        let console = Console::default();
+        console.read(&text[..]);
+        let kept = console.0.lock().unwrap();
         assert_eq!(kept.len(), CONSOLE_KEPT);
         assert!(kept.ends_with(b"aend"));
     }
