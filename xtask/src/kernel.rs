@@ -139,13 +139,10 @@ fn compile(tree: &Path) -> Result<()> {
     let (mut done, mut told) = (0u32, Instant::now());
     for line in steps.lines() {
         let line = line.context("cannot read what make says")?;
-        done += u32::from(["  CC ", "  AS ", "  AR ", "  LD "].iter().any(|step| line.starts_with(step)));
+        done += u32::from(["  CC  ", "  AS  ", "  AR  ", "  LD  "].iter().any(|step| line.starts_with(step)));
         if told.elapsed() >= PROGRESS_EVERY {
             told = Instant::now();
-            eprintln!(
-                "kernel: {done} of about {OBJECTS} objects:{}",
-                line.trim_start_matches(|c: char| c != ' ').trim_end()
-            );
+            eprintln!("kernel: {done} of about {OBJECTS} objects ({})", line.trim());
         }
     }
     let status = child.wait().context("cannot wait for make")?;
