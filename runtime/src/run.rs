@@ -104,7 +104,7 @@ impl Plan {
     pub fn run(self, image: &Image, times: &mut RunTimeline) -> Result<Finished, RunError> {
         let Self { request, sizes, monitor, kernel, initramfs } = self;
         let id = ContainerId::generate().map_err(RunError::Id)?;
-        let window = terminal::window_size();
+        let window = request.terminal.then(terminal::window_size);
         let container = spec::container(&id, &request, &image.config, sizes, window, |name| env::var(name).ok())?;
         let vm = spec::vm(sizes, kernel, initramfs, image.lease.as_raw_fd());
         let document =

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use api::config::{DriveConfig, DriveFile, VmConfig};
+use api::session::{STDERR_PORT, STDIN_PORT, STDOUT_PORT};
 use image::ImageConfig;
 use protocol::container::{
     ContainerSpec, DEFAULT_MASKED_PATHS, DEFAULT_READONLY_PATHS, File, Limits, ProcessSpec, Rlimit, Rootfs, Seccomp,
@@ -16,11 +17,6 @@ use crate::capability;
 use crate::merge::{self, MergeError};
 use crate::request::{RunRequest, SecurityOption};
 use crate::size::Sizes;
-
-/// The host ports that the agent dials for a foreground container's streams.
-const STDIN_PORT: u32 = 1025;
-const STDOUT_PORT: u32 = 1026;
-const STDERR_PORT: u32 = 1027;
 
 /// Tasks in a container when no limit is asked for: a fork bomb ends here, as under podman.
 const DEFAULT_PIDS: u64 = 2048;
@@ -102,7 +98,8 @@ pub fn vm(sizes: Sizes, kernel: PathBuf, initramfs: PathBuf, image: i32) -> VmCo
     }
 }
 
-/// The container for a request. `lookup` is the caller's environment, `window` the size of the caller's terminal.
+/// The container for a request. `lookup` is the caller's environment, `window` the first size of the container's
+/// terminal, if it has one.
 ///
 /// # Errors
 /// Request and image together make no process.
@@ -111,7 +108,7 @@ pub fn container(
     request: &RunRequest,
     image: &ImageConfig,
     sizes: Sizes,
-    window: WindowSize,
+    window: Option<WindowSize>,
     lookup: impl Fn(&str) -> Option<String>,
 ) -> Result<ContainerSpec, MergeError> {
     let hostname = request.hostname.clone().unwrap_or_else(|| id.short().to_owned());
@@ -127,7 +124,7 @@ pub fn container(
         no_new_privileges: no_new_privileges(request),
         seccomp: seccomp(request),
         oom_score_adj: 0,
-        terminal: request.terminal.then_some(window),
+        terminal: window,
         stdio: stdio(request),
     };
     Ok(ContainerSpec {
@@ -241,7 +238,7 @@ mod tests {
     fn spec_of(request: &RunRequest) -> ContainerSpec {
         let image = ImageConfig { cmd: vec!["sh".into()], ..ImageConfig::default() };
         let id = ContainerId::generate().unwrap();
-        container(&id, request, &image, sizes(request), WINDOW, |_| None).unwrap()
+        container(&id, request, &image, sizes(request), request.terminal.then_some(WINDOW), |_| None).unwrap()
     }
 
     #[test]
