@@ -55,7 +55,11 @@ pub(crate) fn flatten(
 /// Checks the compressed form of a layer that has a digest of its own.
 fn check_blob(layer: &LayerRef, (actual, bytes): (Digest, u64)) -> Result<(), Error> {
     let Some(digest) = layer.digest else { return Ok(()) };
-    check_size_and_digest(&format!("layer {digest}"), Blob { digest, bytes: layer.bytes }, Blob { digest: actual, bytes })
+    check_size_and_digest(
+        &format!("layer {digest}"),
+        Blob { digest, bytes: layer.bytes },
+        Blob { digest: actual, bytes },
+    )
 }
 
 /// Compares content with its descriptor.

@@ -27,7 +27,7 @@ const LAYER_TYPES: [&str; 4] = [
 
 /// A manifest, or the way to one.
 pub(crate) enum Document {
-    Index(ImageIndex),
+    Index(Box<ImageIndex>),
     Manifest(Manifest),
 }
 
@@ -85,7 +85,9 @@ impl Document {
                 Manifest::new(&manifest, what).map(Document::Manifest)
             }
             (Some(2), Some(_), Some(_)) => Err(malformed("it is a manifest and an index at once")),
-            (Some(1), ..) => Err(malformed("it has docker's schema 1, which was replaced in 2016; push the image again")),
+            (Some(1), ..) => {
+                Err(malformed("it has docker's schema 1, which was replaced in 2016; push the image again"))
+            }
             _ => Err(malformed("it is neither a manifest nor an index")),
         }
     }
@@ -95,12 +97,17 @@ impl Manifest {
     fn new(manifest: &ImageManifest, what: &str) -> Result<Manifest, Error> {
         let malformed = |reason: String| Error::Malformed { what: what.to_owned(), reason };
         if manifest.layers().len() > LAYERS_MAX {
-            return Err(malformed(format!("it has {} layers, at most {LAYERS_MAX} are possible", manifest.layers().len())));
+            return Err(malformed(format!(
+                "it has {} layers, at most {LAYERS_MAX} are possible",
+                manifest.layers().len()
+            )));
         }
         for layer in manifest.layers() {
             let media_type = layer.media_type().to_string();
             let known = LAYER_TYPES.iter().any(|known| {
-                media_type.strip_prefix(known).is_some_and(|rest| matches!(rest, "" | "+gzip" | "+zstd" | ".gzip" | ".zstd"))
+                media_type
+                    .strip_prefix(known)
+                    .is_some_and(|rest| matches!(rest, "" | "+gzip" | "+zstd" | ".gzip" | ".zstd"))
             });
             if !known {
                 return Err(malformed(format!("layers of type `{}` are no image", media_type.escape_debug())));

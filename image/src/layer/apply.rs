@@ -6,7 +6,9 @@ use std::io::{self, BufReader, Read};
 use super::stream::{LayerStream, Measured};
 use super::tarball::{Member, MemberKind, TarReader};
 use crate::erofs::{DataWriter, xattr_prefix};
-use crate::limits::{Limits, NAME_BYTES_MAX, PATH_BYTES_MAX, TARGET_BYTES_MAX, XATTR_VALUE_BYTES_MAX, XATTRS_BYTES_MAX};
+use crate::limits::{
+    Limits, NAME_BYTES_MAX, PATH_BYTES_MAX, TARGET_BYTES_MAX, XATTR_VALUE_BYTES_MAX, XATTRS_BYTES_MAX,
+};
 use crate::problem::Problem;
 use crate::tree::{Attributes, Ino, NewKind, Tree, Xattr};
 
@@ -264,6 +266,7 @@ fn xattrs(raw: &[(Vec<u8>, Vec<u8>)]) -> Result<Vec<Xattr>, Problem> {
     if total > XATTRS_BYTES_MAX {
         return Err(Problem::TooManyXattrs(total));
     }
-    let xattr = |((prefix, suffix), value): ((u8, &[u8]), &[u8])| Xattr { prefix, suffix: suffix.into(), value: value.into() };
+    let xattr =
+        |((prefix, suffix), value): ((u8, &[u8]), &[u8])| Xattr { prefix, suffix: suffix.into(), value: value.into() };
     Ok(sorted.into_iter().map(xattr).collect())
 }

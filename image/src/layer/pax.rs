@@ -137,7 +137,8 @@ mod tests {
 
     #[test]
     fn malformed_records_are_refused() {
-        for bytes in [&b"5 a=b"[..], b"999 a=b\n", b"x a=b\n", b"6 abc\n", b"3 \n", b"00000000000000000000000000 a=b\n"] {
+        for bytes in [&b"5 a=b"[..], b"999 a=b\n", b"x a=b\n", b"6 abc\n", b"3 \n", b"00000000000000000000000000 a=b\n"]
+        {
             assert!(PaxRecords::default().parse(bytes).is_err(), "{}", bytes.escape_ascii());
         }
     }

@@ -61,7 +61,7 @@ impl SparseMap {
     /// The map of versions 0.0 and 0.1, which stands in the extended header.
     pub(super) fn from_records(records: &SparseRecords, stored: u64) -> Result<SparseMap, Problem> {
         let real_size = records.real_size.ok_or(Problem::BadSparseMap)?;
-        if records.map.len() % 2 != 0 || records.map.len() / 2 > SPARSE_SEGMENTS_MAX {
+        if !records.map.len().is_multiple_of(2) || records.map.len() / 2 > SPARSE_SEGMENTS_MAX {
             return Err(Problem::BadSparseMap);
         }
         let segments = records.map.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();

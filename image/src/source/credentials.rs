@@ -48,7 +48,8 @@ pub(super) fn load(file: &Path, registry: &str) -> Result<RegistryAuth, Error> {
     }
     let mut content = Vec::new();
     file_handle.take(DOCUMENT_BYTES_MAX).read_to_end(&mut content).during("read", file)?;
-    let config: DockerConfig = serde_json::from_slice(&content).map_err(|source| Error::Json { what: what(), source })?;
+    let config: DockerConfig =
+        serde_json::from_slice(&content).map_err(|source| Error::Json { what: what(), source })?;
     let names = match registry {
         "docker.io" => vec!["https://index.docker.io/v1/".to_owned(), "docker.io".to_owned()],
         other => vec![other.to_owned(), format!("https://{other}"), format!("https://{other}/")],

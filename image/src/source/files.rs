@@ -30,10 +30,16 @@ pub(crate) struct Archive {
 
 #[derive(Clone, Debug)]
 enum Place {
-    Data { offset: u64, bytes: u64 },
+    Data {
+        offset: u64,
+        bytes: u64,
+    },
     /// Old versions of docker link layers that two images share.
     Link(Vec<u8>),
 }
+
+/// A file's contents and its size.
+pub(crate) type Opened<'a> = (Box<dyn Read + 'a>, u64);
 
 impl Files {
     pub(crate) fn directory(path: &Path) -> Files {
@@ -52,7 +58,7 @@ impl Files {
     ///
     /// # Errors
     /// It can't be opened, or is no regular file.
-    pub(crate) fn open(&self, name: &Path) -> Result<Option<(Box<dyn Read + '_>, u64)>, Error> {
+    pub(crate) fn open(&self, name: &Path) -> Result<Option<Opened<'_>>, Error> {
         match self {
             Files::Directory(directory) => {
                 let path = directory.join(name);

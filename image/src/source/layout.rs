@@ -41,7 +41,10 @@ pub(crate) fn resolve(
     let index = match Document::parse(&bytes, INDEX)? {
         Document::Index(index) => index,
         Document::Manifest(_) => {
-            return Err(Error::Malformed { what: INDEX.to_owned(), reason: "it is a manifest, not an index".to_owned() });
+            return Err(Error::Malformed {
+                what: INDEX.to_owned(),
+                reason: "it is a manifest, not an index".to_owned(),
+            });
         }
     };
     let mut descriptor = select(&index, tag, &name)?.clone();
@@ -88,7 +91,8 @@ fn select<'a>(index: &'a ImageIndex, tag: Option<&str>, name: &str) -> Result<&'
     let names: Vec<_> = entries.iter().filter_map(|entry| annotation(entry, REF_NAME)).map(String::as_str).collect();
     let several_names = names.iter().any(|name| *name != names[0]);
     if candidates.is_empty() || (tag.is_none() && candidates.len() > 1 && several_names) {
-        let mut listed = names.iter().take(10).map(|name| name.escape_debug().to_string()).collect::<Vec<_>>().join(", ");
+        let mut listed =
+            names.iter().take(10).map(|name| name.escape_debug().to_string()).collect::<Vec<_>>().join(", ");
         if listed.is_empty() {
             listed = "none with a name".to_owned();
         }

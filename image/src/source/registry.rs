@@ -1,23 +1,25 @@
 //! Registries (OCI Distribution Specification, "Pull"). The network runs on one thread, with an asynchronous
 //! runtime that exists only while something is pulled; layers are unpacked on the caller's thread meanwhile.
 //!
-//! Tokens and blobs come through the crate oci-client. Manifests are requested here, because the crate reads them
-//! into memory whatever their size.
+//! The crate oci-client speaks the token protocol. Manifests and blobs are requested here, because the crate reads
+//! manifests and the text of errors into memory whatever their size.
 
 mod download;
 
 use std::collections::BTreeMap;
 use std::error::Error as StdError;
 use std::path::PathBuf;
-use std::sync::Once;
-use std::sync::mpsc;
+use std::sync::{Once, mpsc};
 use std::time::Duration;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use oci_client::RegistryOperation;
 use oci_client::client::{ClientConfig, ClientProtocol};
-use oci_client::errors::{OciDistributionError, OciErrorCode};
+use oci_client::errors::OciDistributionError;
 use oci_client::secrets::RegistryAuth;
-use reqwest::StatusCode;
+use reqwest::header::{ACCEPT, AUTHORIZATION, HeaderValue, RANGE};
+use reqwest::{Response, StatusCode};
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
 
@@ -72,6 +74,8 @@ pub(super) struct Connection {
     image: oci_client::Reference,
     reference: RegistryReference,
     login: RegistryAuth,
+    /// What the registry accepted last.
+    authorization: tokio::sync::Mutex<Option<HeaderValue>>,
 }
 
 /// Finds an image in its registry.
@@ -135,18 +139,23 @@ impl Connection {
             image,
             reference: reference.clone(),
             login,
+            authorization: tokio::sync::Mutex::new(None),
         })
     }
 
     /// The manifest for this platform and its digest.
     async fn manifest(&self) -> Result<(Manifest, Digest), Error> {
-        let token = self.client.auth(&self.image, &self.login, RegistryOperation::Pull).await;
-        let token = token.map_err(|error| self.error("a login token", error))?;
         let mut wanted = self.reference.digest();
         let mut bytes_wanted = None;
         for _ in 0..INDEX_DEPTH_MAX {
             let what = wanted.map_or_else(|| format!("manifest {}", self.reference), |d| format!("manifest {d}"));
-            let bytes = self.fetch_manifest(wanted, token.as_deref(), &what).await?;
+            let choice = wanted.map(|digest| digest.to_string()).or_else(|| self.reference.tag().map(str::to_owned));
+            let response = self.get(&format!("manifests/{}", choice.unwrap_or_default()), 0, &what).await?;
+            if response.status() == StatusCode::NOT_FOUND {
+                let detail = format!("the registry {} does not have it", self.reference.registry());
+                return Err(Error::NoSuchImage { reference: self.reference.to_string(), detail });
+            }
+            let bytes = self.document(response, DOCUMENT_BYTES_MAX, &what).await?;
             let actual = Blob { digest: Digest::of(&bytes), bytes: bytes.len() as u64 };
             let expected =
                 Blob { digest: wanted.unwrap_or(actual.digest), bytes: bytes_wanted.unwrap_or(actual.bytes) };
@@ -163,87 +172,119 @@ impl Connection {
         Err(Error::Malformed { what: self.reference.to_string(), reason: "indexes are nested too deeply".to_owned() })
     }
 
-    async fn fetch_manifest(&self, digest: Option<Digest>, token: Option<&str>, what: &str) -> Result<Vec<u8>, Error> {
-        let scheme = if self.reference.is_loopback() { "http" } else { "https" };
-        let host = self.image.resolve_registry();
-        let repository = self.reference.repository();
-        let choice = digest.map(|digest| digest.to_string()).or_else(|| self.reference.tag().map(str::to_owned));
-        let url = format!("{scheme}://{host}/v2/{repository}/manifests/{}", choice.unwrap_or_default());
-        let mut request = self.http.get(url).header("Accept", ACCEPTED);
-        match (token, &self.login) {
-            (Some(token), _) => request = request.bearer_auth(token),
-            (None, RegistryAuth::Basic(user, password)) => request = request.basic_auth(user, Some(password)),
-            _ => {}
-        }
-        let mut response = request.send().await.map_err(|error| self.error(what, error.into()))?;
+    async fn config(&self, manifest: &Manifest) -> Result<ParsedConfig, Error> {
+        let what = format!("image configuration {}", manifest.config.digest);
+        let response = self.get(&format!("blobs/{}", manifest.config.digest), 0, &what).await?;
+        let bytes = self.document(response, manifest.config.bytes, &what).await?;
+        let actual = Blob { digest: Digest::of(&bytes), bytes: bytes.len() as u64 };
+        check_size_and_digest(&what, manifest.config, actual)?;
+        ParsedConfig::parse(&bytes, manifest.layers.len(), &what)
+    }
+
+    /// The body of an answer, at most `limit` bytes of it.
+    async fn document(&self, mut response: Response, limit: u64, what: &str) -> Result<Vec<u8>, Error> {
         self.check_status(response.status(), what)?;
         let mut bytes = Vec::new();
-        while let Some(chunk) = response.chunk().await.map_err(|error| self.error(what, error.into()))? {
+        while let Some(chunk) =
+            response.chunk().await.map_err(|error| self.transfer(what, error.without_url().into()))?
+        {
             let total = bytes.len() as u64 + chunk.len() as u64;
-            if total > DOCUMENT_BYTES_MAX {
-                return Err(Error::TooLarge { what: what.to_owned(), bytes: total, limit: DOCUMENT_BYTES_MAX });
+            if total > limit {
+                return Err(Error::TooLarge { what: what.to_owned(), bytes: total, limit });
             }
             bytes.extend_from_slice(&chunk);
         }
         Ok(bytes)
     }
 
-    async fn config(&self, manifest: &Manifest) -> Result<ParsedConfig, Error> {
-        let what = format!("image configuration {}", manifest.config.digest);
-        let mut bytes = Vec::new();
-        let mut input = self.blob(manifest.config, 0, &what).await?.1;
-        while let Some(chunk) = download::next_chunk(&mut input).await {
-            let chunk = chunk.map_err(|source| self.transfer(&what, source.into()))?;
-            bytes.extend_from_slice(&chunk);
-            if bytes.len() as u64 > manifest.config.bytes {
-                break;
-            }
+    /// Asks for something of the repository, from byte `offset` on. Logs in if the registry wants that, also when a
+    /// token ran out in the middle of a pull. The body is not read yet.
+    async fn get(&self, path: &str, offset: u64, what: &str) -> Result<Response, Error> {
+        let scheme = if self.reference.is_loopback() { "http" } else { "https" };
+        let (host, repository) = (self.image.resolve_registry(), self.reference.repository());
+        let url = format!("{scheme}://{host}/v2/{repository}/{path}");
+        let sent = self.authorization.lock().await.clone();
+        let response = self.request(&url, offset, sent.clone(), what).await?;
+        if response.status() != StatusCode::UNAUTHORIZED {
+            return Ok(response);
         }
-        let actual = Blob { digest: Digest::of(&bytes), bytes: bytes.len() as u64 };
-        check_size_and_digest(&what, manifest.config, actual)?;
-        ParsedConfig::parse(&bytes, manifest.layers.len(), &what)
+        let renewed = {
+            let mut authorization = self.authorization.lock().await;
+            // Of several downloads that are refused at once, one logs in; the others use what it got.
+            if *authorization == sent {
+                *authorization = Some(self.log_in().await?);
+            }
+            authorization.clone()
+        };
+        self.request(&url, offset, renewed, what).await
+    }
+
+    async fn request(
+        &self,
+        url: &str,
+        offset: u64,
+        authorization: Option<HeaderValue>,
+        what: &str,
+    ) -> Result<Response, Error> {
+        let mut request = self.http.get(url).header(ACCEPT, ACCEPTED);
+        if offset > 0 {
+            request = request.header(RANGE, format!("bytes={offset}-"));
+        }
+        if let Some(header) = authorization {
+            request = request.header(AUTHORIZATION, header);
+        }
+        request.send().await.map_err(|error| self.request_error(what, error))
+    }
+
+    /// Gets a token for the repository, or the login itself, whatever the registry asks for.
+    async fn log_in(&self) -> Result<HeaderValue, Error> {
+        let token = self.client.auth(&self.image, &self.login, RegistryOperation::Pull).await;
+        let text = match (token.map_err(|error| self.login_error(error))?, &self.login) {
+            (Some(token), _) => format!("Bearer {token}"),
+            (None, RegistryAuth::Basic(user, password)) => {
+                format!("Basic {}", STANDARD.encode(format!("{user}:{password}")))
+            }
+            (None, _) => return Err(self.denied()),
+        };
+        let mut header = HeaderValue::try_from(text).map_err(|error| self.transfer("a login token", error.into()))?;
+        header.set_sensitive(true);
+        Ok(header)
     }
 
     fn check_status(&self, status: StatusCode, what: &str) -> Result<(), Error> {
-        let registry = self.reference.registry().to_owned();
         match status {
-            StatusCode::OK => Ok(()),
-            StatusCode::NOT_FOUND => Err(Error::NoSuchImage {
-                reference: self.reference.to_string(),
-                detail: format!("the registry {registry} does not have it"),
+            StatusCode::OK | StatusCode::PARTIAL_CONTENT => Ok(()),
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Err(self.denied()),
+            status => Err(Error::RegistryStatus {
+                registry: self.reference.registry().to_owned(),
+                status: status.as_u16(),
+                what: what.to_owned(),
             }),
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-                Err(Error::Denied { registry, repository: self.reference.repository().to_owned() })
-            }
-            status => Err(Error::RegistryStatus { registry, status: status.as_u16(), what: what.to_owned() }),
         }
     }
 
-    /// Sorts out what the client crate reports.
-    fn error(&self, what: &str, error: OciDistributionError) -> Error {
-        let registry = self.reference.registry().to_owned();
+    fn denied(&self) -> Error {
+        let (registry, repository) = (self.reference.registry().to_owned(), self.reference.repository().to_owned());
+        Error::Denied { registry, repository }
+    }
+
+    /// A request that got no answer at all.
+    fn request_error(&self, what: &str, error: reqwest::Error) -> Error {
+        if error.is_connect() || error.is_timeout() {
+            let registry = self.reference.registry().to_owned();
+            return Error::Unreachable { registry, source: error.without_url().into() };
+        }
+        self.transfer(what, error.without_url().into())
+    }
+
+    fn login_error(&self, error: OciDistributionError) -> Error {
         match error {
-            OciDistributionError::RequestError(error) if error.is_connect() || error.is_timeout() => {
-                Error::Unreachable { registry, source: error.without_url().into() }
-            }
-            OciDistributionError::RequestError(error) => self.transfer(what, error.without_url().into()),
+            OciDistributionError::RequestError(error) => self.request_error("a login token", error),
+            // What the registry said is its text, of any length and with any characters: left out.
             OciDistributionError::UnauthorizedError { .. } | OciDistributionError::AuthenticationFailure(_) => {
-                Error::Denied { registry, repository: self.reference.repository().to_owned() }
+                self.denied()
             }
-            OciDistributionError::ServerError { code, .. } => {
-                Error::RegistryStatus { registry, status: code, what: what.to_owned() }
-            }
-            // The status is lost here; the code says as much (OCI Distribution Specification, "Error Codes").
-            OciDistributionError::RegistryError { envelope, .. } => {
-                let status = match envelope.errors.first().map(|error| &error.code) {
-                    Some(OciErrorCode::Unauthorized | OciErrorCode::Denied) => 403,
-                    Some(OciErrorCode::BlobUnknown | OciErrorCode::NameUnknown | OciErrorCode::NotFound) => 404,
-                    Some(OciErrorCode::Toomanyrequests) => 429,
-                    _ => 400,
-                };
-                Error::RegistryStatus { registry, status, what: what.to_owned() }
-            }
-            other => self.transfer(what, other.into()),
+            other => self.transfer("a login token", other.into()),
         }
     }
 
@@ -263,8 +304,7 @@ impl Drop for RegistrySource {
 
 impl Source for RegistrySource {
     fn each_layer(&mut self, progress: &dyn Progress, apply: &mut Apply<'_>) -> Result<(), Error> {
-        let downloads =
-            Downloads { connection: &self.connection, layers: &self.layers, paths: &self.paths, progress };
+        let downloads = Downloads { connection: &self.connection, layers: &self.layers, paths: &self.paths, progress };
         let Some(runtime) = &self.runtime else { return Ok(()) };
         let (sender, receiver) = mpsc::channel();
         let (cancel, cancelled) = oneshot::channel::<()>();

@@ -198,10 +198,7 @@ impl Store {
         let ids = prefix.map_or(Ok(Vec::new()), |prefix| self.ids_with_prefix(prefix))?;
         match ids.as_slice() {
             [id] => Ok(*id),
-            [] => Err(Error::NoSuchImage {
-                reference: text.to_owned(),
-                detail: "it is not in the store".to_owned(),
-            }),
+            [] => Err(Error::NoSuchImage { reference: text.to_owned(), detail: "it is not in the store".to_owned() }),
             _ => Err(Error::Ambiguous { name: text.to_owned(), what: format!("{} images", ids.len()) }),
         }
     }

@@ -60,7 +60,15 @@ fn everything() -> Vec<Vec<u8>> {
         .file("zeroes", &[0; 40_000])
         .file("large", &(0..300_000u32).flat_map(u32::to_le_bytes).collect::<Vec<_>>())
         .symlink("link", "dir/small")
-        .symlink("long-link", &"t".repeat(4000).as_bytes().chunks(100).map(|c| std::str::from_utf8(c).unwrap()).collect::<Vec<_>>().join("/"))
+        .symlink(
+            "long-link",
+            &"t".repeat(4000)
+                .as_bytes()
+                .chunks(100)
+                .map(|c| std::str::from_utf8(c).unwrap())
+                .collect::<Vec<_>>()
+                .join("/"),
+        )
         .hard_link("dir/hard", "dir/small")
         .hard_link("link2", "link")
         .device("null", EntryType::Char, 1, 3)
@@ -74,7 +82,12 @@ fn everything() -> Vec<Vec<u8>> {
             header.set_uid(1000);
             header.set_gid(3_000_000_000);
         })
-        .pax(&[("mtime", b"-5.5"), ("uid", b"4000000000"), ("SCHILY.xattr.user.a", b"one"), ("SCHILY.xattr.user.b", b"\n\0=")])
+        .pax(&[
+            ("mtime", b"-5.5"),
+            ("uid", b"4000000000"),
+            ("SCHILY.xattr.user.a", b"one"),
+            ("SCHILY.xattr.user.b", b"\n\0="),
+        ])
         .file("pax", b"extended")
         .pax(&[("SCHILY.xattr.security.capability", b"\x01\0\0\x02\0\x04\0\0\0\0\0\0\0\0\0\0\0\0\0\0")])
         .file("capable", b"ping")
@@ -169,7 +182,10 @@ fn whiteouts_remove_what_lower_layers_left() {
     assert_eq!(upper(blank(Layer::new().file("a", b"new"), ".wh.a")), upper(Layer::new()));
     // What is not there can be removed all the same, and makes no directory; AUFS leftovers mean nothing.
     assert_eq!(upper(blank(blank(Layer::new(), "no/such/.wh.x"), ".wh.nothing")), upper(Layer::new()));
-    assert_eq!(upper(Layer::new().directory(".wh..wh.plnk").file(".wh..wh.plnk/1.2", b"").file(".wh..wh.aufs", b"")), upper(Layer::new()));
+    assert_eq!(
+        upper(Layer::new().directory(".wh..wh.plnk").file(".wh..wh.plnk/1.2", b"").file(".wh..wh.aufs", b"")),
+        upper(Layer::new())
+    );
 }
 
 #[test]
@@ -180,7 +196,10 @@ fn files_and_directories_replace_each_other() {
     assert_eq!(over(Layer::new().directory("f").file("f/y", b"")), ["d", "d/x", "f", "f/y", "l"]);
     assert_eq!(over(Layer::new().directory("l").file("l/y", b"")), ["d", "d/x", "f", "l", "l/y"]);
     assert_eq!(over(Layer::new().hard_link("d", "d/x")), ["d", "f", "l"]);
-    assert_eq!(listing(vec![base(), Layer::new().file("d", b""), Layer::new().file("d2", b"").directory("d")]), ["d", "d2", "f", "l"]);
+    assert_eq!(
+        listing(vec![base(), Layer::new().file("d", b""), Layer::new().file("d2", b"").directory("d")]),
+        ["d", "d2", "f", "l"]
+    );
 }
 
 #[test]
@@ -197,9 +216,15 @@ fn names_are_relative_to_the_image_and_links_are_followed_inside_it() {
     assert_eq!(over(Layer::new().file("./x//y/./z", b"")), with(&["x", "x/y", "x/y/z"]));
     assert_eq!(over(Layer::new().file("lib/so", b"")), with(&["usr/lib/so"]));
     assert_eq!(over(Layer::new().file("abs/lib/so", b"").hard_link("so", "/lib/so")), with(&["so", "usr/lib/so"]));
-    assert_eq!(over(Layer::new().file("lib/x", b"").file("lib/.wh.x", b"").file("usr/lib/k", b"")), with(&["usr/lib/k", "usr/lib/x"]));
+    assert_eq!(
+        over(Layer::new().file("lib/x", b"").file("lib/.wh.x", b"").file("usr/lib/k", b"")),
+        with(&["usr/lib/k", "usr/lib/x"])
+    );
     // A link to what does not exist yet: its target is made.
-    assert_eq!(over(Layer::new().symlink("run", "var/run").file("run/pid", b"")), with(&["run", "var", "var/run", "var/run/pid"]));
+    assert_eq!(
+        over(Layer::new().symlink("run", "var/run").file("run/pid", b"")),
+        with(&["run", "var", "var/run", "var/run/pid"])
+    );
 }
 
 #[test]
@@ -212,7 +237,12 @@ fn sparse_files_are_filled_in_and_take_no_space() {
         std::os::unix::fs::FileExt::write_all_at(&writer, b"xyz", offset).unwrap();
     }
     let expected = snapshot::directory(directory.path());
-    for format in ["--format=gnu", "--format=posix --sparse-version=0.0", "--format=posix --sparse-version=0.1", "--format=posix --sparse-version=1.0"] {
+    for format in [
+        "--format=gnu",
+        "--format=posix --sparse-version=0.0",
+        "--format=posix --sparse-version=0.1",
+        "--format=posix --sparse-version=1.0",
+    ] {
         let output = Command::new("tar")
             .args(["--create", "--sparse", "--numeric-owner"])
             .args(format.split(' '))

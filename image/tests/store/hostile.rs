@@ -58,24 +58,56 @@ fn paths_that_leave_the_image_are_refused() {
 
 #[test]
 fn links_that_lead_nowhere_are_refused() {
-    assert_layer_error(Layer::new().hard_link("a", "/etc/passwd"), "a", "the hard link's target `/etc/passwd` does not exist");
+    assert_layer_error(
+        Layer::new().hard_link("a", "/etc/passwd"),
+        "a",
+        "the hard link's target `/etc/passwd` does not exist",
+    );
     assert_layer_error(Layer::new().hard_link("a", "a"), "a", "the hard link's target `a` does not exist");
     assert_layer_error(Layer::new().directory("d").hard_link("a", "d"), "a", "the hard link's target is a directory");
-    assert_layer_error(Layer::new().file("a", b"").hard_link("b", "/"), "b", "the hard link's target `/` does not exist");
-    assert_layer_error(Layer::new().symlink("a", "b").symlink("b", "a").file("a/x", b""), "a/x", "the path goes through more than 40");
+    assert_layer_error(
+        Layer::new().file("a", b"").hard_link("b", "/"),
+        "b",
+        "the hard link's target `/` does not exist",
+    );
+    assert_layer_error(
+        Layer::new().symlink("a", "b").symlink("b", "a").file("a/x", b""),
+        "a/x",
+        "the path goes through more than 40",
+    );
     assert_layer_error(Layer::new().symlink("a", ""), "a", "the symbolic link's target is empty");
-    assert_layer_error(Layer::new().pax(&[("linkpath", b"a\0b")]).symlink("a", "x"), "a", "the symbolic link's target is empty or holds a NUL");
+    assert_layer_error(
+        Layer::new().pax(&[("linkpath", b"a\0b")]).symlink("a", "x"),
+        "a",
+        "the symbolic link's target is empty or holds a NUL",
+    );
 }
 
 #[test]
 fn impossible_files_are_refused() {
     assert_layer_error(Layer::new().file("f", b"").file("f/x", b""), "f/x", "`f` is not a directory");
-    assert_layer_error(Layer::new().device("d", EntryType::Char, 1, 3).file("d/x", b""), "d/x", "`d` is not a directory");
+    assert_layer_error(
+        Layer::new().device("d", EntryType::Char, 1, 3).file("d/x", b""),
+        "d/x",
+        "`d` is not a directory",
+    );
     assert_layer_error(Layer::new().symlink("/", "x"), "/", "the entry has no name of its own");
-    assert_layer_error(Layer::new().device("dev", EntryType::Block, 4096, 0), "dev", "the device number 4096:0 does not exist");
-    assert_layer_error(Layer::new().device("dev", EntryType::Char, 1, 1 << 20), "dev", "the device number 1:1048576 does not exist");
+    assert_layer_error(
+        Layer::new().device("dev", EntryType::Block, 4096, 0),
+        "dev",
+        "the device number 4096:0 does not exist",
+    );
+    assert_layer_error(
+        Layer::new().device("dev", EntryType::Char, 1, 1 << 20),
+        "dev",
+        "the device number 1:1048576 does not exist",
+    );
     assert_layer_error(Layer::new().entry(EntryType::new(b'V'), b"v", b"", b"", |_| {}), "v", "entries of type `V`");
-    assert_layer_error(Layer::new().pax(&[("uid", b"4294967295")]).file("u", b""), "u", "the owner id 4294967295 is out of range");
+    assert_layer_error(
+        Layer::new().pax(&[("uid", b"4294967295")]).file("u", b""),
+        "u",
+        "the owner id 4294967295 is out of range",
+    );
     assert_layer_error(Layer::new().file(".wh.", b""), ".wh.", "the whiteout does not name a file");
     assert_layer_error(Layer::new().file(".wh...", b""), ".wh...", "the whiteout does not name a file");
     assert_layer_error(Layer::new().file(".wh.a/b", b""), ".wh.a/b", "the whiteout does not name a file");
@@ -84,7 +116,11 @@ fn impossible_files_are_refused() {
 #[test]
 fn names_and_attributes_beyond_the_limits_are_refused() {
     let name = "n".repeat(256);
-    assert_layer_error(Layer::new().file(&name, b""), &format!("{}...", &name[..200]), "a name of 256 bytes is too long");
+    assert_layer_error(
+        Layer::new().file(&name, b""),
+        &format!("{}...", &name[..200]),
+        "a name of 256 bytes is too long",
+    );
     let deep = "d/".repeat(2049);
     assert!(refused_layer(Layer::new().file(&deep, b"")).contains("a path of 4098 bytes is too long"));
     let deep = "d/".repeat(1100);
@@ -92,7 +128,9 @@ fn names_and_attributes_beyond_the_limits_are_refused() {
     assert_layer_error(Layer::new().pax(&[("path", b"a\0b")]).file("x", b""), "a\\x00b", "the path holds a NUL byte");
     let xattr = |name: &str, size: usize| refused_layer(Layer::new().pax(&[(name, &vec![b'x'; size])]).file("x", b""));
     assert!(xattr("SCHILY.xattr.user.a", 65_536).contains("the extended attribute `user.a` is too large"));
-    assert!(xattr("SCHILY.xattr.user.", 1).contains("the extended attribute `user.` is too large or has no valid name"));
+    assert!(
+        xattr("SCHILY.xattr.user.", 1).contains("the extended attribute `user.` is too large or has no valid name")
+    );
     assert!(xattr("comment", 2 << 20).contains("bytes is too large, at most 1048576 are read"));
     let many: Vec<_> = (0..3).map(|n| format!("SCHILY.xattr.user.{n}")).collect();
     let value = vec![b'x'; 60_000];
@@ -111,9 +149,12 @@ fn damaged_archives_are_refused() {
         assert!(truncated(at).ends_with("the layer is truncated"), "{at}: {}", truncated(at));
     }
     let sparse = |map: &[u8]| {
-        refused_layer(Layer::new().pax(&[("GNU.sparse.size", b"100"), ("GNU.sparse.map", map)]).file("s", b"0123456789"))
+        refused_layer(
+            Layer::new().pax(&[("GNU.sparse.size", b"100"), ("GNU.sparse.map", map)]).file("s", b"0123456789"),
+        )
     };
-    for map in [&b"0,5,3,5"[..], b"0,5", b"0,10,5", b"95,10", b"18446744073709551615,10", b"0,18446744073709551615,1,1"] {
+    for map in [&b"0,5,3,5"[..], b"0,5", b"0,10,5", b"95,10", b"18446744073709551615,10", b"0,18446744073709551615,1,1"]
+    {
         let text = sparse(map);
         assert!(text.ends_with("the map of the sparse file is malformed"), "{}: {text}", map.escape_ascii());
     }
@@ -147,7 +188,9 @@ fn replace_layer(image: &mut TestImage, bytes: Vec<u8>) {
 
 #[test]
 fn bombs_are_stopped() {
-    let zeroes = |size: usize, compression| TestImage::new(&[(Layer::new().file("z", &vec![0; size]).finish(), compression)], "amd64");
+    let zeroes = |size: usize, compression| {
+        TestImage::new(&[(Layer::new().file("z", &vec![0; size]).finish(), compression)], "amd64")
+    };
     let limits = Limits { ratio_floor_bytes: 1 << 20, ..Limits::default() };
     let options = PullOptions { limits, ..PullOptions::default() };
     for compression in [Compression::Gzip, Compression::Zstd] {
@@ -162,7 +205,8 @@ fn bombs_are_stopped() {
     let half = (Layer::new().file("z", &vec![0; 600 << 10]).finish(), Compression::Gzip);
     let text = refused(&TestImage::new(&[half.clone(), half], "amd64"), &options);
     assert!(text.contains("the image unpacks to more than 1048576 bytes"), "{text}");
-    let sparse = Layer::new().pax(&[("GNU.sparse.size", b"9000000000000000000"), ("GNU.sparse.map", b"0,1")]).file("s", b"x");
+    let sparse =
+        Layer::new().pax(&[("GNU.sparse.size", b"9000000000000000000"), ("GNU.sparse.map", b"0,1")]).file("s", b"x");
     assert_layer_error(sparse, "s", "the image unpacks to more than 68719476736 bytes");
     let limits = Limits { entries: 100, ..Limits::default() };
     let options = PullOptions { limits, ..PullOptions::default() };
@@ -171,7 +215,9 @@ fn bombs_are_stopped() {
     let limits = Limits { metadata_bytes: 10_000, ..Limits::default() };
     let options = PullOptions { limits, ..PullOptions::default() };
     let many = (0..100).fold(Layer::new(), |layer, n| layer.file(&format!("{n:0>200}"), b""));
-    assert!(refused(&TestImage::single(many), &options).contains("names, links and extended attributes take more than"));
+    assert!(
+        refused(&TestImage::single(many), &options).contains("names, links and extended attributes take more than")
+    );
 }
 
 #[test]
@@ -186,7 +232,10 @@ fn content_that_is_not_what_its_digest_says_is_refused() {
     let flip = |bytes: &mut Vec<u8>| *bytes.last_mut().unwrap() ^= 1;
     for (digest, name) in [(layer, "layer"), (good.config, "image configuration"), (good.manifest, "manifest")] {
         let text = with(digest, flip);
-        assert!(text.starts_with(&format!("{name} {digest} has the wrong digest: expected {digest}, got sha256:")), "{text}");
+        assert!(
+            text.starts_with(&format!("{name} {digest} has the wrong digest: expected {digest}, got sha256:")),
+            "{text}"
+        );
     }
     // In the middle of the compressed data, where unpacking fails before the end is seen.
     let text = with(layer, |bytes| bytes[20] ^= 0xff);
@@ -197,7 +246,8 @@ fn content_that_is_not_what_its_digest_says_is_refused() {
     assert!(text.contains("it is truncated or was replaced"), "{text}");
     // The layer is what the manifest says, but not what the configuration says.
     let mut other = good.clone();
-    let bytes = TestImage::single(Layer::new().file("a", b"other")).blobs.into_values().find(|b| b.starts_with(&[0x1f, 0x8b]));
+    let bytes =
+        TestImage::single(Layer::new().file("a", b"other")).blobs.into_values().find(|b| b.starts_with(&[0x1f, 0x8b]));
     replace_layer(&mut other, bytes.unwrap());
     let text = refused(&other, &PullOptions::default());
     assert!(text.starts_with("the unpacked layer ") && text.contains("has the wrong digest"), "{text}");
@@ -231,7 +281,10 @@ fn layouts_that_are_none_are_refused() {
         ("{}", "it is neither a manifest nor an index"),
         (r#"{"schemaVersion":1,"layers":[]}"#, "schema 1"),
         (r#"{"schemaVersion":2,"layers":[],"manifests":[]}"#, "a manifest and an index at once"),
-        (r#"{"schemaVersion":2,"manifests":[{"mediaType":"x","size":1,"digest":"sha256:../../../etc/passwd"}]}"#, "malformed"),
+        (
+            r#"{"schemaVersion":2,"manifests":[{"mediaType":"x","size":1,"digest":"sha256:../../../etc/passwd"}]}"#,
+            "malformed",
+        ),
         (r#"{"schemaVersion":2,"manifests":[]}"#, "the layout has: none with a name"),
     ] {
         std::fs::write(directory.join("index.json"), index).unwrap();

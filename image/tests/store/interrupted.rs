@@ -7,7 +7,7 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -66,14 +66,21 @@ fn victim() {
 
 /// Runs the victim; true if it was killed, false if it got through.
 fn killed(store: &Path, reference: &str, moment: &str) -> bool {
-    let status = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "interrupted::victim", "--nocapture"])
-        .env(VICTIM, format!("{}|{reference}|{moment}", store.display()))
-        .output()
-        .unwrap()
-        .status;
+    let output = pull_in_child(store, reference, moment, Path::new(""));
+    let status = output.status;
     assert!(status.success() || status.signal() == Some(9), "the victim failed: {status}");
     !status.success()
+}
+
+/// Pulls in a process of its own, which trusts only the certificates in a file, if one is given.
+pub(crate) fn pull_in_child(store: &Path, reference: &str, moment: &str, certificates: &Path) -> Output {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "interrupted::victim", "--nocapture"]);
+    command.env(VICTIM, format!("{}|{reference}|{moment}", store.display()));
+    if !certificates.as_os_str().is_empty() {
+        command.env("SSL_CERT_FILE", certificates);
+    }
+    command.output().unwrap()
 }
 
 /// Every image file of a store is whole.
@@ -127,7 +134,12 @@ fn an_interrupted_download_goes_on_where_it_was() {
     let fixture = Fixture::new();
     let total = image.blobs[&image.layers[0]].len() as u64;
     assert!(killed(&fixture.path("store"), &name, "Download:5000000"));
-    let [partial] = &fixture.leftovers().into_iter().filter(|path| path.ends_with(format!("{}.partial", image.layers[0].hex()))).collect::<Vec<_>>()[..] else {
+    let [partial] = &fixture
+        .leftovers()
+        .into_iter()
+        .filter(|path| path.ends_with(format!("{}.partial", image.layers[0].hex())))
+        .collect::<Vec<_>>()[..]
+    else {
         panic!("{:?}", fixture.leftovers())
     };
     let kept = std::fs::metadata(partial).unwrap().len();
@@ -230,7 +242,8 @@ fn pulls_of_the_same_image_do_the_work_once() {
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
     assert!(results.iter().all(|(rootfs, _)| *rootfs == results[0].0));
-    let worked = |(_, recorder): &&(PathBuf, Recorder)| recorder.events.lock().unwrap().iter().any(|e| e == "Unpacking");
+    let worked =
+        |(_, recorder): &&(PathBuf, Recorder)| recorder.events.lock().unwrap().iter().any(|e| e == "Unpacking");
     assert_eq!(results.iter().filter(worked).count(), 1);
     let total: usize = image.layers.iter().map(|layer| image.blobs[layer].len()).sum();
     let downloaded: u64 = results.iter().map(|(_, recorder)| *recorder.downloaded.lock().unwrap()).sum();
@@ -241,7 +254,8 @@ fn pulls_of_the_same_image_do_the_work_once() {
 #[test]
 fn images_that_share_layers_can_be_pulled_at_once() {
     let registry = Registry::start();
-    let base: Vec<_> = (0..4).map(|n| (Layer::new().file(&n.to_string(), &noise(n, 300_000)).finish(), Compression::Gzip)).collect();
+    let base: Vec<_> =
+        (0..4).map(|n| (Layer::new().file(&n.to_string(), &noise(n, 300_000)).finish(), Compression::Gzip)).collect();
     let names: Vec<_> = (0..3)
         .map(|n| {
             let mut layers = base.clone();

@@ -3,8 +3,10 @@
 
 mod contents;
 mod hostile;
+mod hostile_registry;
 mod images;
 mod interrupted;
+mod model;
 mod registry;
 mod snapshot;
 mod upkeep;
@@ -44,7 +46,8 @@ impl Fixture {
     /// Files in the store that are no images, records or names: an idle store has none.
     pub(crate) fn leftovers(&self) -> Vec<PathBuf> {
         let root = self.path("store");
-        let mut left: Vec<_> = ["tmp", "blobs/sha256", "locks"].iter().flat_map(|name| entries(&root.join(name))).collect();
+        let mut left: Vec<_> =
+            ["tmp", "blobs/sha256", "locks"].iter().flat_map(|name| entries(&root.join(name))).collect();
         left.retain(|path| !path.ends_with("locks/store"));
         left
     }

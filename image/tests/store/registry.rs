@@ -19,30 +19,55 @@ pub(crate) struct Registry {
     child: Child,
     pub(crate) address: String,
     directory: tempfile::TempDir,
+    /// What pushes use.
+    login: RegistryAuth,
 }
 
 impl Registry {
     pub(crate) fn start() -> Registry {
+        Registry::start_with("", "")
+    }
+
+    /// A registry with more lines in its configuration: settings of `http`, and whole sections.
+    pub(crate) fn start_with(http: &str, sections: &str) -> Registry {
+        let storage = tempfile::tempdir().unwrap();
+        let mut registry = Registry::start_in(storage.path(), http, sections);
+        registry.directory = storage;
+        registry
+    }
+
+    /// A registry with its storage in a directory of someone else's.
+    fn start_in(storage: &Path, http: &str, sections: &str) -> Registry {
         let directory = tempfile::tempdir().unwrap();
-        let storage = directory.path().join("storage");
+        let storage = storage.join("storage");
         let config = directory.path().join("config.yml");
         let text = format!(
             "version: 0.1\nlog: {{level: info, formatter: json}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\n\
-             http: {{addr: '127.0.0.1:0'}}\n",
+             http: {{addr: '127.0.0.1:0'{http}}}\n{sections}",
             storage.display()
         );
         std::fs::write(&config, text).unwrap();
-        let child = Command::new("docker-registry").arg("serve").arg(&config).stderr(Stdio::piped()).stdout(Stdio::null()).spawn();
+        let child = Command::new("docker-registry")
+            .arg("serve")
+            .arg(&config)
+            .stderr(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn();
         let mut child = child.expect("docker-registry is missing: install the Debian package docker-registry");
         // It tells its port in its log; the rest of the log is read so that it never blocks.
         let mut log = BufReader::new(child.stderr.take().unwrap()).lines();
         let address = log.by_ref().find_map(|line| {
             let line = line.unwrap();
             let rest = line.split_once("listening on ")?.1;
-            Some(rest.split(['"', ' ']).next()?.to_owned())
+            Some(rest.split(['"', ',', ' ']).next()?.to_owned())
         });
         std::thread::spawn(move || log.for_each(drop));
-        Registry { child, address: address.expect("the registry did not start"), directory }
+        Registry {
+            child,
+            address: address.expect("the registry did not start"),
+            directory,
+            login: RegistryAuth::Anonymous,
+        }
     }
 
     pub(crate) fn reference(&self, name: &str) -> String {
@@ -61,7 +86,7 @@ impl Registry {
         let client = Client::new(ClientConfig { protocol: ClientProtocol::Http, ..ClientConfig::default() });
         let reference: oci_client::Reference = self.reference(name).parse().unwrap();
         runtime.block_on(async {
-            client.store_auth_if_needed(reference.resolve_registry(), &RegistryAuth::Anonymous).await;
+            client.store_auth_if_needed(reference.resolve_registry(), &self.login).await;
             for (digest, bytes) in blobs {
                 client.push_blob(&reference, (*bytes).clone(), &digest.to_string()).await.unwrap();
             }
@@ -100,7 +125,8 @@ pub(crate) fn noise(seed: u32, bytes: usize) -> Vec<u8> {
 pub(crate) fn five_layers() -> TestImage {
     let layers: Vec<_> = (0..5)
         .map(|n| {
-            let layer = Layer::new().directory("d").file(&format!("d/{n}"), &noise(n, 200_000)).file("last", &noise(n, 10));
+            let layer =
+                Layer::new().directory("d").file(&format!("d/{n}"), &noise(n, 200_000)).file("last", &noise(n, 10));
             (layer.finish(), if n % 2 == 0 { Compression::Gzip } else { Compression::Zstd })
         })
         .collect();
@@ -283,4 +309,76 @@ fn content_that_the_registry_lost_or_changed_is_refused() {
     assert!(text.contains(&layer), "{text}");
     std::fs::write(&path, &good).unwrap();
     assert_has_five_layers(&fixture.pull(&registry.reference("a:1")).unwrap().rootfs);
+}
+
+#[test]
+fn a_registry_with_a_login_is_asked_with_it() {
+    let passwords = tempfile::tempdir().unwrap();
+    let file = passwords.path().join("htpasswd");
+    // user / secret
+    std::fs::write(&file, "user:$2b$04$1IVC4MyUuwCpleVYcQXD3uj1u31OlbhH95FkAPu00FGuoyyBscscq\n").unwrap();
+    let section = format!("auth: {{htpasswd: {{realm: test, path: {}}}}}\n", file.display());
+    let mut registry = Registry::start_with("", &section);
+    registry.login = RegistryAuth::Basic("user".to_owned(), "secret".to_owned());
+    registry.push("private/a:1", &five_layers());
+    let fixture = Fixture::new();
+    let login = fixture.path("config.json");
+    let mut options = PullOptions::default();
+    options.registry.login_file = Some(login.clone());
+    let reference: Reference = registry.reference("private/a:1").parse().unwrap();
+    let text = chain(&fixture.store.pull(&reference, &options, &Silent).unwrap_err());
+    assert!(text.starts_with(&format!("the registry {} refuses access to `private/a`", registry.address)), "{text}");
+    for (auth, good) in [("dXNlcjp3cm9uZw==", false), ("dXNlcjpzZWNyZXQ=", true)] {
+        std::fs::write(&login, json!({"auths": {&registry.address: {"auth": auth}}}).to_string()).unwrap();
+        assert_eq!(fixture.store.pull(&reference, &options, &Silent).is_ok(), good);
+    }
+}
+
+fn make_certificate(key: &Path, certificate: &Path, more: &[&str]) {
+    let output = Command::new("openssl")
+        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"])
+        .args(more)
+        .arg("-keyout")
+        .arg(key)
+        .arg("-out")
+        .arg(certificate)
+        .output();
+    let output = output.expect("openssl is missing: install the Debian package openssl");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn other_hosts_are_spoken_to_with_tls_and_only_if_their_certificate_is_trusted() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = |name: &str| directory.path().join(name);
+    let (authority, key, certificate) = (file("ca.pem"), file("key.pem"), file("cert.pem"));
+    make_certificate(&file("ca.key"), &authority, &["-subj", "/CN=test authority"]);
+    let signed =
+        ["-CA", authority.to_str().unwrap(), "-CAkey", &file("ca.key").display().to_string()].map(str::to_owned);
+    let name =
+        ["-subj", "/CN=registry.localhost", "-addext", "subjectAltName=DNS:registry.localhost"].map(str::to_owned);
+    let leaf = ["-addext", "basicConstraints=critical,CA:FALSE"].map(str::to_owned);
+    let all: Vec<_> = signed.iter().chain(&name).chain(&leaf).map(String::as_str).collect();
+    make_certificate(&key, &certificate, &all);
+    let plain = Registry::start();
+    plain.push("a:1", &five_layers());
+    // The same storage, served with TLS under a name that is not plainly the loopback interface.
+    let tls = format!(", tls: {{certificate: {}, key: {}}}", certificate.display(), key.display());
+    let secure = Registry::start_in(plain.directory.path(), &tls, "");
+    let port = secure.address.rsplit(':').next().unwrap();
+    let name = format!("registry.localhost:{port}/a:1");
+    let fixture = Fixture::new();
+    let store = fixture.path("store");
+    let output = crate::interrupted::pull_in_child(&store, &name, "never", &authority);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_has_five_layers(&fixture.store.find(&name.parse().unwrap()).unwrap().unwrap().rootfs);
+    // Without trust there is no pull, and the cause is named.
+    let fixture = Fixture::new();
+    let text = chain(&fixture.pull(&name).unwrap_err());
+    assert!(text.starts_with(&format!("the registry registry.localhost:{port} cannot be reached")), "{text}");
+    assert!(text.contains("certificate"), "{text}");
+    // Nor without TLS.
+    let port = plain.address.rsplit(':').next().unwrap();
+    let text = chain(&fixture.pull(&format!("registry.localhost:{port}/a:1")).unwrap_err());
+    assert!(text.contains("cannot be reached"), "{text}");
 }

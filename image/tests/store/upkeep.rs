@@ -66,7 +66,8 @@ fn archives_of_every_kind_are_read() {
     let layers = [Layer::new().file("a", b"1"), Layer::new().file("b", b"2").file(".wh.a", b"")];
     let layers: Vec<_> = layers.into_iter().map(|layer| (layer.finish(), Compression::Gzip)).collect();
     let test = TestImage::new(&layers, "amd64");
-    let kinds = [test.legacy_archive(&["x:1", "host:5/y:2"]), test.oci_archive("1", true), test.oci_archive("1", false)];
+    let kinds =
+        [test.legacy_archive(&["x:1", "host:5/y:2"]), test.oci_archive("1", true), test.oci_archive("1", false)];
     for (index, archive) in kinds.iter().enumerate() {
         for compression in [Compression::None, Compression::Gzip] {
             let path = fixture.path(&format!("{index}{compression:?}.tar"));
@@ -104,7 +105,10 @@ fn archives_that_are_none_are_refused() {
         (vec![7; 4096], "is not usable"),
         (Layer::new().finish(), "there is no index.json in it"),
         (Layer::new().file("manifest.json", b"{").finish(), "is malformed"),
-        (Layer::new().file("manifest.json", br#"[{"Config":"c","Layers":["../../etc/passwd"]}]"#).finish(), "`c` is not there"),
+        (
+            Layer::new().file("manifest.json", br#"[{"Config":"c","Layers":["../../etc/passwd"]}]"#).finish(),
+            "`c` is not there",
+        ),
         (Layer::new().hard_link("x", "y").finish(), "`x` is not a plain file"),
         (Layer::new().symlink("manifest.json", "/etc/passwd").finish(), "there is no index.json in it"),
         (wrong_layer, ""),
@@ -153,7 +157,8 @@ fn an_image_in_use_stays() {
     assert_eq!(fixture.store.prune().unwrap().images, Vec::<String>::new());
     assert!(image.rootfs.exists());
     // A child that was handed the lease keeps it, though this process lets it go.
-    let mut child = std::process::Command::new("cat").stdin(image.lease).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let mut child =
+        std::process::Command::new("cat").stdin(image.lease).stdout(std::process::Stdio::piped()).spawn().unwrap();
     let mut output = child.stdout.take().unwrap();
     std::io::Read::read_exact(&mut output, &mut [0; 1]).unwrap();
     if std::fs::metadata(&image.rootfs).unwrap().len() > 1 << 20 {
@@ -218,7 +223,8 @@ fn only_the_owner_may_enter_the_store() {
     use std::os::unix::fs::MetadataExt;
     let fixture = Fixture::new();
     let image = fixture.pull_image(&image_with("a")).unwrap();
-    for path in ["store", "store/images", "store/blobs", "store/blobs/sha256", "store/refs", "store/tmp", "store/locks"] {
+    for path in ["store", "store/images", "store/blobs", "store/blobs/sha256", "store/refs", "store/tmp", "store/locks"]
+    {
         assert_eq!(std::fs::metadata(fixture.path(path)).unwrap().mode() & 0o777, 0o700, "{path}");
     }
     assert_eq!(std::fs::metadata(&image.rootfs).unwrap().mode() & 0o777, 0o600);

@@ -6,10 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
-use futures_util::{Stream, StreamExt, stream};
-use oci_client::client::{BlobResponse, SizedStream};
-use oci_client::errors::DigestError;
-use oci_client::manifest::OciDescriptor;
+use futures_util::{StreamExt, stream};
+use reqwest::StatusCode;
 use sha2::{Digest as _, Sha256};
 
 use super::Connection;
@@ -114,32 +112,27 @@ impl Downloads<'_> {
 
     /// One request. Ends with the answer; short of the whole layer only if the connection broke.
     async fn attempt(&self, index: usize, partial: &mut Partial, what: &str) -> Result<(), Error> {
-        let answer = self.connection.blob(partial.blob, partial.bytes, what).await;
-        let (continues, mut input) = answer.map_err(|error| match error {
-            // Range not satisfiable: the registry's blob ends here at the latest.
-            Error::RegistryStatus { status: 416, .. } => {
-                Error::WrongSize { what: what.to_owned(), expected: partial.blob.bytes, actual: partial.bytes }
-            }
-            error => error,
-        })?;
-        if !continues {
+        let wrong_size = |actual| Error::WrongSize { what: what.to_owned(), expected: partial.blob.bytes, actual };
+        let connection = self.connection;
+        let path = format!("blobs/{}", partial.blob.digest);
+        let mut response = connection.get(&path, partial.bytes, what).await?;
+        if response.status() == StatusCode::RANGE_NOT_SATISFIABLE {
+            return Err(wrong_size(partial.bytes));
+        }
+        connection.check_status(response.status(), what)?;
+        let from = if response.status() == StatusCode::PARTIAL_CONTENT { partial.bytes } else { 0 };
+        // An answer that announces another size can't be the layer, however often it is asked for.
+        let announced = response.content_length().map(|length| from.saturating_add(length));
+        if let Some(actual) = announced.filter(|announced| *announced != partial.blob.bytes) {
+            return Err(wrong_size(actual));
+        }
+        if from == 0 {
             partial.restart()?;
         }
-        // An answer that announces another size can't be the layer, however often it is asked for.
-        let announced = input.content_length.map(|length| partial.bytes.saturating_add(length));
-        if let Some(actual) = announced.filter(|announced| *announced != partial.blob.bytes) {
-            return Err(Error::WrongSize { what: what.to_owned(), expected: partial.blob.bytes, actual });
-        }
-        while let Some(chunk) = next_chunk(&mut input).await {
-            match chunk {
-                Ok(chunk) => {
-                    partial.append(&chunk)?;
-                    self.progress.advance(index, Phase::Download, chunk.len() as u64);
-                }
-                // The crate verifies answers that begin at the start; ours comes when the layer is complete.
-                Err(error) if error.get_ref().is_some_and(|inner| inner.is::<DigestError>()) => break,
-                Err(error) => return Err(self.connection.transfer(what, error.into())),
-            }
+        let broken = |error: reqwest::Error| connection.transfer(what, error.without_url().into());
+        while let Some(chunk) = response.chunk().await.map_err(broken)? {
+            partial.append(&chunk)?;
+            self.progress.advance(index, Phase::Download, chunk.len() as u64);
         }
         if partial.bytes < partial.blob.bytes {
             let early = io::Error::from(io::ErrorKind::UnexpectedEof);
@@ -147,27 +140,6 @@ impl Downloads<'_> {
         }
         Ok(())
     }
-}
-
-impl Connection {
-    /// Asks for a blob from some byte on. True if that is where the answer begins, false if at the start.
-    pub(super) async fn blob(&self, blob: Blob, offset: u64, what: &str) -> Result<(bool, SizedStream), Error> {
-        let descriptor =
-            OciDescriptor { digest: blob.digest.to_string(), size: blob.bytes as i64, ..OciDescriptor::default() };
-        let response = self.client.pull_blob_stream_partial(&self.image, &descriptor, offset, None).await;
-        match response.map_err(|error| self.error(what, error))? {
-            BlobResponse::Partial(stream) => Ok((true, stream)),
-            BlobResponse::Full(stream) => Ok((offset == 0, stream)),
-        }
-    }
-}
-
-/// The next bytes of an answer.
-pub(super) async fn next_chunk<S, T>(input: &mut S) -> Option<io::Result<T>>
-where
-    S: Stream<Item = io::Result<T>> + Unpin,
-{
-    input.next().await
 }
 
 /// A layer that is coming in. Its file is locked, and goes away with this unless it is kept.
