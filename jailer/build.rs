@@ -18,7 +18,8 @@ fn main() {
         writeln!(source, "static {}: &[sock_filter] = &[", name.to_uppercase()).expect("a string takes any text");
         for i in program {
             let (code, jt, jf, k) = (i.code, i.jt, i.jf, i.k);
-            writeln!(source, "    sock_filter {{ code: {code}, jt: {jt}, jf: {jf}, k: {k} }},").expect("a string takes any text");
+            writeln!(source, "    sock_filter {{ code: {code}, jt: {jt}, jf: {jf}, k: {k} }},")
+                .expect("a string takes any text");
         }
         source.push_str("];\n");
     }

@@ -136,7 +136,7 @@ impl<D: FnMut(u32) -> io::Result<OwnedFd>> Agent<D> {
             Err(Errno::AGAIN | Errno::INTR) => return Ok(true),
             Err(error) => return Err(step("read the control connection")(error)),
         }
-        while let Some(Request { id, call }) = self.decoder.next()? {
+        while let Some(Request { id, call }) = self.decoder.take()? {
             if let Some(result) = self.answer(id, call) {
                 self.send(&FromAgent::Reply { id, result })?;
             }

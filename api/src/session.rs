@@ -181,7 +181,7 @@ impl Session {
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(SessionError::GuestEnded),
             Err(error) => return Err(SessionError::Io(error)),
         }
-        while let Some(message) = decoder.next().map_err(SessionError::Frame)? {
+        while let Some(message) = decoder.take().map_err(SessionError::Frame)? {
             if let Some(outcome) = self.hear(message)? {
                 return Ok(Some(outcome));
             }
@@ -192,7 +192,9 @@ impl Session {
     fn hear(&mut self, message: FromAgent) -> Result<Option<Outcome>, SessionError> {
         match (self.state, message) {
             (State::Waiting, FromAgent::Hello(hello)) => self.greet(&hello)?,
-            (_, FromAgent::Reply { id: CREATE | START, result: Err(failure) }) => return Err(SessionError::Refused(failure)),
+            (_, FromAgent::Reply { id: CREATE | START, result: Err(failure) }) => {
+                return Err(SessionError::Refused(failure));
+            }
             (State::Creating, FromAgent::Reply { id: CREATE, result: Ok(()) }) => {
                 self.timeline.container_created = now();
                 self.state = State::Starting;
@@ -242,8 +244,10 @@ impl Session {
         let container = || self.container.id.clone();
         let mut calls = Vec::new();
         loop {
-            match decoder.next() {
-                Ok(Some(ToMonitor::Signal(signal))) => calls.push(Call::Signal { container: container(), signal, all: false }),
+            match decoder.take() {
+                Ok(Some(ToMonitor::Signal(signal))) => {
+                    calls.push(Call::Signal { container: container(), signal, all: false });
+                }
                 Ok(Some(ToMonitor::Resize(size))) => calls.push(Call::Resize { container: container(), size }),
                 Ok(None) => break,
                 // A front end that does not keep to the protocol is as good as gone.

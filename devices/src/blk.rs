@@ -8,8 +8,8 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
-    VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_S_IOERR,
+    VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
 };
 use vm_memory::{Bytes, GuestMemory as _, Permissions, VolatileSlice};
 
@@ -130,7 +130,8 @@ impl<'m> Request<'m> {
         let (mut output, mut input) = (Vec::new(), Vec::new());
         for descriptor in chain {
             let writable = descriptor.is_write_only();
-            let (side, access) = if writable { (&mut input, Permissions::Write) } else { (&mut output, Permissions::Read) };
+            let (side, access) =
+                if writable { (&mut input, Permissions::Write) } else { (&mut output, Permissions::Read) };
             let slices = memory.get_slices(descriptor.addr(), descriptor.len() as usize, access);
             for slice in slices.map_err(|_| "a buffer lies outside of memory")? {
                 side.push(slice.map_err(|_| "a buffer lies outside of memory")?);
@@ -150,7 +151,13 @@ impl<'m> Request<'m> {
         if !data.is_empty() {
             input.push(data);
         }
-        Ok(Self { kind: u32::from_le_bytes([k0, k1, k2, k3]), sector: u64::from_le_bytes(sector), output, input, status })
+        Ok(Self {
+            kind: u32::from_le_bytes([k0, k1, k2, k3]),
+            sector: u64::from_le_bytes(sector),
+            output,
+            input,
+            status,
+        })
     }
 }
 
@@ -193,9 +200,7 @@ impl VirtioDevice for Blk {
 
     fn process(&mut self, resources: Resources<'_>, _: Event) -> Result<(), Broken> {
         let Resources { memory, queues: [queue] } = resources else { return Ok(()) };
-        queue.for_each(memory, |chain| {
-            self.serve(memory, chain).map_err(|reason| Broken::Chain { queue: 0, reason })
-        })
+        queue.for_each(memory, |chain| self.serve(memory, chain).map_err(|reason| Broken::Chain { queue: 0, reason }))
     }
 
     fn reset(&mut self) {}

@@ -19,7 +19,9 @@ pub const BUFFERS_MAX: usize = crate::queue::QUEUE_SIZE_MAX as usize;
 /// What the system says; `UnexpectedEof` when the file ends before the buffers are full.
 pub fn read_exact_at(file: &File, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
     // SAFETY: the vectors come from `VolatileSlice`s, valid for writes of their length while borrowed here.
-    transfer(buffers, offset, |vectors, count, offset| unsafe { libc::preadv64(file.as_raw_fd(), vectors, count, offset) })
+    transfer(buffers, offset, |vectors, count, offset| unsafe {
+        libc::preadv64(file.as_raw_fd(), vectors, count, offset)
+    })
 }
 
 /// Writes all of `buffers`, in order, at `offset` of the file.
@@ -28,7 +30,9 @@ pub fn read_exact_at(file: &File, buffers: &[VolatileSlice<'_>], offset: u64) ->
 /// What the system says; `UnexpectedEof` when nothing more can be written.
 pub fn write_all_at(file: &File, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
     // SAFETY: the vectors come from `VolatileSlice`s, valid for reads of their length while borrowed here.
-    transfer(buffers, offset, |vectors, count, offset| unsafe { libc::pwritev64(file.as_raw_fd(), vectors, count, offset) })
+    transfer(buffers, offset, |vectors, count, offset| unsafe {
+        libc::pwritev64(file.as_raw_fd(), vectors, count, offset)
+    })
 }
 
 fn transfer(
@@ -87,7 +91,9 @@ mod tests {
     #[test]
     fn scattered_buffers_are_filled_in_order_and_a_short_file_is_an_error() {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
-        let slice = |at, length| memory.get_slices(GuestAddress(at), length, Permissions::Write).unwrap().next().unwrap().unwrap();
+        let slice = |at, length| {
+            memory.get_slices(GuestAddress(at), length, Permissions::Write).unwrap().next().unwrap().unwrap()
+        };
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(b"0123456789").unwrap();
 

@@ -21,6 +21,8 @@ pub mod mmio;
 pub mod queue;
 pub mod rng;
 pub mod serial;
+#[cfg(test)]
+mod testing;
 pub mod vsock;
 
 /// Guest memory as every part of the monitor sees it.

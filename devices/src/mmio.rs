@@ -190,7 +190,7 @@ impl MmioDevice {
         } else {
             0
         };
-        if (self.status | added) & needed != needed || (self.status & NEEDS_RESET != 0 && added & DRIVER_OK != 0) {
+        if self.status & needed != needed || (self.status & NEEDS_RESET != 0 && added & DRIVER_OK != 0) {
             return;
         }
         let mut accepted = added;
@@ -248,7 +248,7 @@ impl MmioDevice {
     }
 
     /// Calls the device, if it runs, and takes it out of service when the driver broke it.
-    fn dispatch(&mut self, event: Event) {
+    pub(crate) fn dispatch(&mut self, event: Event) {
         if self.status & DRIVER_OK == 0 || self.status & NEEDS_RESET != 0 {
             return;
         }
@@ -266,14 +266,17 @@ impl MutEventSubscriber for MmioDevice {
             ops.add(Events::with_data(queue.kick(), index, EventSet::IN)).expect("an eventfd can be watched");
         }
         if let Some(watched) = self.device.watched() {
-            ops.add(Events::with_data_raw(watched, BACKEND, EventSet::IN)).expect("a device's descriptor can be watched");
+            ops.add(Events::with_data_raw(watched, BACKEND, EventSet::IN))
+                .expect("a device's descriptor can be watched");
         }
     }
 
     fn process(&mut self, events: Events, _: &mut EventOps) {
         if events.data() == BACKEND {
             self.dispatch(Event::Backend);
-        } else if let Some((index, queue)) = (0u16..).zip(&self.queues).find(|(_, q)| q.kick().as_raw_fd() == events.fd()) {
+        } else if let Some((index, queue)) =
+            (0u16..).zip(&self.queues).find(|(_, q)| q.kick().as_raw_fd() == events.fd())
+        {
             // Cleared before the queue is looked at, so that a kick in between is not lost.
             let _ = queue.kick().read();
             self.dispatch(Event::Queue(index));
@@ -285,4 +288,151 @@ fn half(value: u64, high: bool) -> u32 {
     let bytes = value.to_le_bytes();
     let [a, b, c, d, e, f, g, h] = bytes;
     u32::from_le_bytes(if high { [e, f, g, h] } else { [a, b, c, d] })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use vm_memory::Bytes;
+
+    use super::*;
+    use crate::blk::Blk;
+    use crate::console::{Console, ConsoleOutput};
+    use crate::rng::Rng;
+    use crate::testing::{BUFFERS, Buffer, Driver};
+    use crate::vsock::Vsock;
+    use crate::vsock::ports::HostPorts;
+
+    fn devices() -> Vec<Box<dyn VirtioDevice>> {
+        let disk = tempfile::tempfile().unwrap();
+        disk.set_len(1 << 20).unwrap();
+        vec![
+            Box::new(Rng),
+            Box::new(Blk::new(disk, false, "disk").unwrap()),
+            Box::new(Console::new(ConsoleOutput::default())),
+            Box::new(Vsock::new(HostPorts::default()).unwrap()),
+        ]
+    }
+
+    #[test]
+    fn a_driver_finds_the_device_and_sets_it_up() {
+        for device in devices() {
+            let mut driver = Driver::new(device);
+            assert_eq!((driver.read(0), driver.read(4)), (MAGIC, VERSION));
+            driver.start();
+        }
+    }
+
+    #[test]
+    fn features_that_were_not_offered_are_not_accepted() {
+        let mut driver = Driver::new(Box::new(Rng));
+        driver.write(0x70, ACKNOWLEDGE | DRIVER);
+        driver.write(0x24, 0);
+        driver.write(0x20, u32::MAX);
+        driver.write(0x70, ACKNOWLEDGE | DRIVER | FEATURES_OK);
+        assert_eq!(driver.read(0x70), ACKNOWLEDGE | DRIVER);
+    }
+
+    #[test]
+    fn a_step_left_out_is_not_taken() {
+        let mut driver = Driver::new(Box::new(Rng));
+        driver.write(0x70, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+        assert_eq!(driver.read(0x70) & DRIVER_OK, 0);
+    }
+
+    #[test]
+    fn a_running_queue_cannot_be_moved() {
+        let mut driver = Driver::new(Box::new(Rng)).start();
+        driver.write(0x30, 0);
+        driver.write(0x80, 0x30_0000);
+        driver.write(0x44, 0);
+        assert_eq!(driver.read(0x44), 1);
+        assert_ne!(driver.device.queues[0].ring().desc_table(), 0x30_0000);
+    }
+
+    #[test]
+    fn an_index_that_jumps_breaks_the_device_until_it_is_reset() {
+        for device in devices() {
+            let mut driver = Driver::new(device).start();
+            for queue in 0..driver.device.queues.len() {
+                driver.set_available(queue, 5000);
+                driver.device.dispatch(Event::Queue(queue as u16));
+            }
+            // The event queue of a socket device is not looked at, the others are.
+            assert_ne!(driver.read(0x70) & NEEDS_RESET, 0, "device {}", driver.read(8));
+            assert_eq!(driver.read(0x60) & Interrupt::CONFIGURATION, Interrupt::CONFIGURATION);
+            driver.write(0x70, 0);
+            assert_eq!(driver.read(0x70), 0);
+            driver.start();
+        }
+    }
+
+    #[test]
+    fn a_reset_device_serves_again() {
+        let mut driver = Driver::new(Box::new(Rng)).start();
+        for _ in 0..3 {
+            let head = driver.offer(0, &[Buffer { address: BUFFERS, length: 64, writable: true }]);
+            driver.device.dispatch(Event::Queue(0));
+            assert_eq!(driver.used(0), Some((head, 64)));
+            driver.write(0x70, 0);
+            driver = Driver::new(Box::new(Rng)).start();
+        }
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Register(u64, u32),
+        Narrow(u64, Vec<u8>),
+        Chain(usize, Vec<(u64, u32, bool)>),
+        Index(usize, u16),
+        Kick(u16),
+        Read(u64, usize),
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let address = prop_oneof![0u64..4 << 20, Just(u64::MAX), Just((4 << 20) - 1), any::<u64>()];
+        let length = prop_oneof![0u32..5000, Just(u32::MAX)];
+        let step = prop_oneof![
+            (0u64..0x110, prop_oneof![0u32..16, any::<u32>()]).prop_map(|(at, value)| Step::Register(at & !3, value)),
+            (0u64..0x1000, proptest::collection::vec(any::<u8>(), 0..9)).prop_map(|(at, data)| Step::Narrow(at, data)),
+            (0usize..3, proptest::collection::vec((address, length, any::<bool>()), 1..5))
+                .prop_map(|(q, c)| Step::Chain(q, c)),
+            (0usize..3, any::<u16>()).prop_map(|(queue, index)| Step::Index(queue, index)),
+            (0u16..4).prop_map(Step::Kick),
+            (0u64..0x1000, 0usize..9).prop_map(|(at, length)| Step::Read(at, length)),
+        ];
+        proptest::collection::vec(step, 1..40)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+        /// Whatever a driver does, in whatever order: the device neither panics nor hangs.
+        #[test]
+        fn a_hostile_driver_does_no_harm(which in 0usize..4, filling in any::<[u8; 64]>(), steps in steps()) {
+            let mut driver = Driver::new(devices().swap_remove(which)).start();
+            for page in 0..64 {
+                driver.memory.write_slice(&filling, vm_memory::GuestAddress(page * 4096)).unwrap();
+            }
+            let queues = driver.device.queues.len();
+            for step in steps {
+                match step {
+                    Step::Register(at, value) => driver.write(at, value),
+                    Step::Narrow(at, data) => driver.device.write(at, &data),
+                    Step::Chain(queue, chain) if queue < queues => {
+                        let chain: Vec<_> = chain
+                            .into_iter()
+                            .map(|(address, length, writable)| Buffer { address, length, writable })
+                            .collect();
+                        driver.offer(queue, &chain);
+                    }
+                    Step::Index(queue, index) if queue < queues => driver.set_available(queue, index),
+                    Step::Kick(queue) => driver.device.dispatch(Event::Queue(queue)),
+                    Step::Read(at, length) => driver.device.read(at, &mut vec![0; length]),
+                    _ => {}
+                }
+                driver.device.dispatch(Event::Backend);
+            }
+        }
+    }
 }

@@ -41,7 +41,9 @@ impl VirtioDevice for Rng {
             let mut rest = writer.available_bytes().min(REQUEST_MAX);
             while rest > 0 {
                 let wanted = &mut piece[..rest.min(PIECE)];
-                let Ok(got @ 1..) = rustix::rand::getrandom(&mut *wanted, rustix::rand::GetRandomFlags::empty()) else { break };
+                let Ok(got @ 1..) = rustix::rand::getrandom(&mut *wanted, rustix::rand::GetRandomFlags::empty()) else {
+                    break;
+                };
                 if writer.write_all(&wanted[..got]).is_err() {
                     break;
                 }

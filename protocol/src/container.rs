@@ -196,4 +196,5 @@ pub const DEFAULT_MASKED_PATHS: [&str; 11] = [
 ];
 
 /// Paths a container cannot write by default, as docker and podman do.
-pub const DEFAULT_READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+pub const DEFAULT_READONLY_PATHS: [&str; 5] =
+    ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];

@@ -77,7 +77,9 @@ pub fn read<T: DeserializeOwned>(reader: &mut impl Read, limit: usize) -> Result
     match reader.read(&mut prefix) {
         Ok(0) => return Err(FrameError::Closed),
         Ok(n) => reader.read_exact(&mut prefix[n..]).map_err(FrameError::Io)?,
-        Err(error) if error.kind() == io::ErrorKind::Interrupted => reader.read_exact(&mut prefix).map_err(FrameError::Io)?,
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => {
+            reader.read_exact(&mut prefix).map_err(FrameError::Io)?;
+        }
         Err(error) => return Err(FrameError::Io(error)),
     }
     let length = u32::from_le_bytes(prefix) as usize;
@@ -120,7 +122,7 @@ impl Decoder {
     ///
     /// # Errors
     /// [`FrameError::TooLong`] and [`FrameError::Malformed`]; the stream is then unusable.
-    pub fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
+    pub fn take<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
         let Some((prefix, rest)) = self.pending.split_first_chunk::<4>() else { return Ok(None) };
         let length = u32::from_le_bytes(*prefix) as usize;
         if length > self.limit {
@@ -183,7 +185,7 @@ mod tests {
             for cut in cuts.iter().cycle() {
                 let (now, later) = rest.split_at((*cut).min(rest.len()));
                 decoder.push(now);
-                while let Some(got) = decoder.next::<FromAgent>().unwrap() {
+                while let Some(got) = decoder.take::<FromAgent>().unwrap() {
                     prop_assert_eq!(got, message());
                     found += 1;
                 }
@@ -197,7 +199,7 @@ mod tests {
         fn garbage_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
             let mut decoder = Decoder::new(MAX_FROM_AGENT);
             decoder.push(&bytes);
-            while let Ok(Some(_)) = decoder.next::<FromAgent>() {}
+            while let Ok(Some(_)) = decoder.take::<FromAgent>() {}
         }
     }
 }

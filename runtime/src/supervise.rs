@@ -188,7 +188,7 @@ impl<F: FnOnce(Timeline)> Run<F> {
                 Err(rustix::io::Errno::AGAIN) => break,
                 Err(errno) => return Err(SuperviseError::Wait(errno.into())),
             }
-            while let Some(report) = self.decoder.next().map_err(SuperviseError::Report)? {
+            while let Some(report) = self.decoder.take().map_err(SuperviseError::Report)? {
                 self.report(report)?;
             }
         }

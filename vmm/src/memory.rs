@@ -15,7 +15,8 @@ use devices::GuestMemory;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 use thiserror::Error;
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion, ReadVolatile, VolatileMemoryError,
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion, ReadVolatile,
+    VolatileMemoryError,
 };
 
 use crate::layout::{ABOVE_4G, DEVICE_HOLE, PAGE};
@@ -87,9 +88,9 @@ fn region(base: u64, size: u64) -> Result<GuestRegionMmap, MemoryError> {
 pub fn load(memory: &GuestMemory, file: &File, offset: u64, address: u64, length: u64) -> Result<(), MemoryError> {
     let out_of_bounds = MemoryError::OutOfBounds { address, length };
     let region = memory.find_region(GuestAddress(address));
-    let Some(region) = region.filter(|region| {
-        address.checked_add(length).is_some_and(|end| end <= region.start_addr().0 + region.len())
-    }) else {
+    let Some(region) = region
+        .filter(|region| address.checked_add(length).is_some_and(|end| end <= region.start_addr().0 + region.len()))
+    else {
         return Err(out_of_bounds);
     };
     let end = address + length;
@@ -119,9 +120,8 @@ fn read(memory: &GuestMemory, file: &File, offset: u64, address: u64, length: u6
     let mut file = file;
     file.seek(io::SeekFrom::Start(offset)).map_err(MemoryError::Map)?;
     let size = usize::try_from(length).map_err(|_| MemoryError::OutOfBounds { address, length })?;
-    let mut slice = memory
-        .get_slice(GuestAddress(address), size)
-        .map_err(|_| MemoryError::OutOfBounds { address, length })?;
+    let mut slice =
+        memory.get_slice(GuestAddress(address), size).map_err(|_| MemoryError::OutOfBounds { address, length })?;
     file.read_exact_volatile(&mut slice).map_err(MemoryError::Read)
 }
 
@@ -153,7 +153,9 @@ mod tests {
         let content: Vec<u8> = (0..5 * PAGE).map(|i| (i / 7 % 251) as u8).collect();
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&content).unwrap();
-        for (offset, address, length) in [(0, 0x20_0000, 5 * PAGE), (100, 0x30_0064, 3 * PAGE), (5, 0x40_0000, 2 * PAGE), (9, 0x50_0009, 10)] {
+        for (offset, address, length) in
+            [(0, 0x20_0000, 5 * PAGE), (100, 0x30_0064, 3 * PAGE), (5, 0x40_0000, 2 * PAGE), (9, 0x50_0009, 10)]
+        {
             load(&memory, &file, offset, address, length).unwrap();
             let mut loaded = vec![0; length as usize];
             memory.read_slice(&mut loaded, GuestAddress(address)).unwrap();

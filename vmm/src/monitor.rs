@@ -88,7 +88,8 @@ pub fn run(config: LaunchConfig, front_end: Option<UnixStream>, started: u64) ->
     let mut streams = Streams::default();
     let mut session = None;
     if let Some(container) = config.container {
-        let (started, offers) = Streams::start(&container.process, || confine(jailer::Thread::Stream)).map_err(system("set the container's streams up"))?;
+        let (started, offers) = Streams::start(&container.process, || confine(jailer::Thread::Stream))
+            .map_err(system("set the container's streams up"))?;
         streams = started;
         let front_end = front_end.as_ref().map(UnixStream::try_clone).transpose();
         let front_end = front_end.map_err(system("share the front end's socket"))?;

@@ -198,7 +198,8 @@ impl Muxer {
             return;
         };
         // Edge-triggered: the connection remembers what is ready, and the set never has to be changed.
-        let interest = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
+        let interest =
+            epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
         if epoll::add(&self.epoll, &stream, epoll::EventData::new_u64(key.to_token()), interest).is_err() {
             self.owe_reset(key);
             return;

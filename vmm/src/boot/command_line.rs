@@ -11,11 +11,16 @@ use devices::mmio::WINDOW;
 /// - `reboot=t panic=-1`: power-off, reboot and panic are a triple fault, the one exit that needs no device.
 /// - `console=hvc0 quiet`: the kernel's last words go to the virtio console; the others are not worth their exits.
 /// - `tsc=reliable`: KVM vouches for the clock; checking it costs a timer for the life of the VM.
+/// - `noreplace-smp`: patching lock prefixes out of a kernel with one CPU would dirty its text, which is shared with other
+///   VMs while it is clean.
+/// - `retain_initrd`: pages of the initial RAM file system that are freed are written again, and shared no more.
 /// - `8250.nr_uarts=0`: no serial port is probed for.
 /// - `random.trust_cpu=on`: entropy is there at the first read.
-const ALWAYS: &str = "reboot=t panic=-1 console=hvc0 quiet tsc=reliable 8250.nr_uarts=0 random.trust_cpu=on";
+const ALWAYS: &str =
+    "reboot=t panic=-1 console=hvc0 quiet tsc=reliable noreplace-smp retain_initrd 8250.nr_uarts=0 random.trust_cpu=on";
 /// With a serial port: everything is printed, from the first instruction on.
-const WITH_SERIAL: &str = "reboot=t panic=-1 earlyprintk=serial console=hvc0 ignore_loglevel tsc=reliable random.trust_cpu=on";
+const WITH_SERIAL: &str =
+    "reboot=t panic=-1 earlyprintk=serial console=hvc0 ignore_loglevel tsc=reliable random.trust_cpu=on";
 
 /// Builds the command line of a guest with `devices` virtio windows.
 ///

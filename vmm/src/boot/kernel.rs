@@ -74,7 +74,7 @@ fn check(header: &Elf64_Ehdr) -> Result<(), KernelError> {
     if header.e_ident[..4] != *b"\x7fELF" {
         return format("it has no ELF magic");
     }
-    let (class, data) = (header.e_ident[EI_CLASS as usize], header.e_ident[EI_DATA as usize]);
+    let (class, data) = (header.e_ident[EI_CLASS], header.e_ident[EI_DATA]);
     if class != ELFCLASS64 || data != ELFDATA2LSB || header.e_machine != EM_X86_64 {
         return format("it is for another machine");
     }
@@ -120,7 +120,8 @@ mod tests {
     }
 
     fn image(change: impl Fn(&mut Elf64_Ehdr, &mut Elf64_Phdr)) -> Vec<u8> {
-        let mut header = Elf64_Ehdr { e_entry: 0x100_0000, e_phoff: 64, e_phentsize: 56, e_phnum: 1, ..Default::default() };
+        let mut header =
+            Elf64_Ehdr { e_entry: 0x100_0000, e_phoff: 64, e_phentsize: 56, e_phnum: 1, ..Default::default() };
         header.e_ident[..6].copy_from_slice(b"\x7fELF\x02\x01");
         header.e_machine = EM_X86_64;
         let mut segment = Elf64_Phdr { p_type: PT_LOAD, p_offset: 120, p_paddr: 0x100_0000, ..Default::default() };

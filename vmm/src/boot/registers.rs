@@ -59,8 +59,7 @@ fn write_tables(guest: &GuestMemory) -> Result<(), MemoryError> {
     let (level4, level3, level2) = (PAGE_TABLES, PAGE_TABLES + PAGE, PAGE_TABLES + 2 * PAGE);
     memory::write(guest, &words(&[level3 | PAGE_PRESENT | PAGE_WRITABLE]), level4)?;
     memory::write(guest, &words(&[level2 | PAGE_PRESENT | PAGE_WRITABLE]), level3)?;
-    let pages: Vec<u64> =
-        (0..ENTRIES).map(|i| i * LARGE_PAGE | PAGE_PRESENT | PAGE_WRITABLE | PAGE_LARGE).collect();
+    let pages: Vec<u64> = (0..ENTRIES).map(|i| (i * LARGE_PAGE) | PAGE_PRESENT | PAGE_WRITABLE | PAGE_LARGE).collect();
     memory::write(guest, &words(&pages), level2)
 }
 
@@ -92,6 +91,9 @@ mod tests {
     #[test]
     fn the_code_segment_is_64_bit() {
         let code = segment(CODE);
-        assert_eq!((code.selector, code.type_, code.s, code.l, code.db, code.g, code.present), (0x10, 11, 1, 1, 0, 1, 1));
+        assert_eq!(
+            (code.selector, code.type_, code.s, code.l, code.db, code.g, code.present),
+            (0x10, 11, 1, 1, 0, 1, 1)
+        );
     }
 }
