@@ -28,7 +28,7 @@ pub(crate) fn flatten(
 ) -> Result<u64, Error> {
     let mut flattener = Flattener::new(DataWriter::new(file), limits);
     let mut unpacked = 0;
-    let mut apply = |index: usize, input: &mut dyn Read| {
+    let mut apply = |index: usize, input: &mut (dyn Read + Send)| {
         let layer = &resolved.layers[index];
         let diff_id = resolved.config.diff_ids[index];
         progress.begin(index, Phase::Unpack, &layer.name(diff_id).to_string(), layer.bytes);

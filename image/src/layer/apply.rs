@@ -1,9 +1,11 @@
 //! Applies layers to the tree, and their files' data to the image.
 
 use std::collections::BTreeMap;
-use std::io::{self, BufReader, Read};
+use std::io::{self, Read};
+use std::sync::mpsc::sync_channel;
 
-use super::stream::{LayerStream, Measured};
+use super::ahead::{Ahead, CHUNKS_AHEAD, pump};
+use super::stream::{LayerStream, Measured, read_problem};
 use super::tarball::{Member, MemberKind, TarReader};
 use crate::erofs::{DataWriter, xattr_prefix};
 use crate::limits::{
@@ -18,7 +20,7 @@ const WHITEOUT: &[u8] = b".wh.";
 const WHITEOUT_META: &[u8] = b".wh..wh.";
 /// The name that makes its directory opaque.
 const WHITEOUT_OPAQUE: &[u8] = b".wh..wh..opq";
-/// Bytes read from the uncompressed layer at once.
+/// Bytes copied into the image at once.
 const BUFFER_BYTES: usize = 64 << 10;
 
 /// Builds one image out of layers, from the lowest on.
@@ -59,22 +61,27 @@ impl Flattener {
     ///
     /// # Errors
     /// An entry is refused, the layer is damaged, or writing failed.
-    pub(crate) fn apply(&mut self, input: impl Read, compressed: u64) -> Result<Measured, LayerFault> {
-        let fault = |path: &[u8], problem, blob| LayerFault { path: path.to_vec(), problem, blob };
+    pub(crate) fn apply(&mut self, input: impl Read + Send, compressed: u64) -> Result<Measured, LayerFault> {
+        let fault = |path, problem, blob| LayerFault { path, problem, blob };
         let stream = LayerStream::new(input, compressed, self.unpacked, &self.limits);
-        let stream = stream.map_err(|problem| fault(b"", problem, None))?;
+        let mut stream = stream.map_err(|problem| fault(Vec::new(), problem, None))?;
         self.tree.next_layer();
-        let mut archive = TarReader::new(BufReader::with_capacity(BUFFER_BYTES, stream));
-        if let Err(problem) = self.apply_members(&mut archive) {
-            let path = archive.current_path().to_vec();
-            return Err(fault(&path, problem, archive.into_inner().into_inner().abandon().ok()));
+        let result = std::thread::scope(|scope| {
+            let (sender, receiver) = sync_channel(CHUNKS_AHEAD);
+            let unpacker = std::thread::Builder::new().name("image-unpack".to_owned());
+            let stream = &mut stream;
+            let spawned = unpacker.spawn_scoped(scope, move || pump(stream, &sender));
+            spawned.map_err(|error| (Vec::new(), Problem::Read(error)))?;
+            let mut archive = TarReader::new(Ahead::new(receiver));
+            self.apply_members(&mut archive).map_err(|problem| (archive.current_path().to_vec(), problem))?;
+            // What follows the archive's end is part of the digests too.
+            let rest = io::copy(&mut archive.into_inner(), &mut io::sink());
+            rest.map(drop).map_err(|error| (Vec::new(), read_problem(error)))
+        });
+        if let Err((path, problem)) = result {
+            return Err(fault(path, problem, stream.abandon().ok()));
         }
-        // What follows the archive's end is part of the digests too.
-        let mut stream = archive.into_inner().into_inner();
-        if let Err(problem) = stream.drain() {
-            return Err(fault(b"", problem, stream.abandon().ok()));
-        }
-        let measured = stream.finish().map_err(|problem| fault(b"", problem, None))?;
+        let measured = stream.finish().map_err(|problem| fault(Vec::new(), problem, None))?;
         self.unpacked += measured.unpacked;
         Ok(measured)
     }

@@ -11,6 +11,7 @@
 //! - Extended attributes of the namespaces user, trusted, security and POSIX ACLs are kept, others dropped, as are
 //!   `trusted.overlay.*` and `user.overlay.*`, with which a layer could talk to the guest's overlay filesystem.
 
+mod ahead;
 mod apply;
 mod pax;
 mod sparse;

@@ -111,20 +111,12 @@ impl<R: Read> LayerStream<R> {
         })
     }
 
-    /// Reads the uncompressed side to its end.
-    ///
-    /// # Errors
-    /// Reading failed or a limit was reached.
-    pub(crate) fn drain(&mut self) -> Result<(), Problem> {
-        io::copy(self, &mut io::sink()).map(drop).map_err(read_problem)
-    }
-
     /// Reads both sides to their end and tells what they were.
     ///
     /// # Errors
     /// Reading failed or a limit was reached.
     pub(crate) fn finish(mut self) -> Result<Measured, Problem> {
-        self.drain()?;
+        io::copy(&mut self, &mut io::sink()).map_err(read_problem)?;
         let diff_id = Digest::from_hash(self.hash);
         let (_, counted) = self.decoder.into_input().into_inner().into_inner();
         Ok(Measured { blob: counted.finish().map_err(read_problem)?, diff_id, unpacked: self.unpacked })

@@ -39,7 +39,7 @@ enum Place {
 }
 
 /// A file's contents and its size.
-pub(crate) type Opened<'a> = (Box<dyn Read + 'a>, u64);
+pub(crate) type Opened<'a> = (Box<dyn Read + Send + 'a>, u64);
 
 impl Files {
     pub(crate) fn directory(path: &Path) -> Files {

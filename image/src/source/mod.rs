@@ -46,7 +46,7 @@ impl LayerRef {
 }
 
 /// What is done with each layer: its number from the lowest, and its bytes.
-pub(crate) type Apply<'a> = dyn FnMut(usize, &mut dyn Read) -> Result<(), Error> + 'a;
+pub(crate) type Apply<'a> = dyn FnMut(usize, &mut (dyn Read + Send)) -> Result<(), Error> + 'a;
 
 /// A resolved image whose layers can be read.
 pub(crate) trait Source {
