@@ -10,8 +10,9 @@ use rustix::io::{self, Errno};
 use rustix::net::{Shutdown, shutdown};
 use rustix::pipe::{SpliceFlags, splice};
 
-/// How much one call moves at most; a pipe holds 64 KiB unless the program made it larger.
-const CHUNK: usize = 1 << 20;
+/// How much one call moves at most. Linux allocates a vsock packet of up to 32 KiB with its headers in one piece, and a
+/// larger one page by page, each a descriptor of its own for the monitor to look at.
+const CHUNK: usize = 28 << 10;
 
 /// How often a pump moves before others get a turn.
 const ROUNDS: usize = 16;
