@@ -114,6 +114,12 @@ impl Driver {
         self.memory.write_obj(index, GuestAddress(at)).unwrap();
     }
 
+    /// Takes the chain that was offered last back; the device must not have used it.
+    pub fn retract(&mut self, queue: usize) {
+        self.set_available(queue, self.available[queue].wrapping_sub(1));
+        self.next_descriptor[queue] = (self.next_descriptor[queue] + SIZE - 1) % SIZE;
+    }
+
     /// The next used chain of a queue: its head and how many bytes the device wrote.
     pub fn used(&mut self, queue: usize) -> Option<(u16, u32)> {
         let rings = RINGS + queue as u64 * 0x1_0000;

@@ -11,6 +11,8 @@
 mod connection;
 mod muxer;
 pub mod ports;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::os::fd::RawFd;

@@ -1,0 +1,253 @@
+//! Connections as a guest's driver sees them.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::connection::CREDIT;
+use super::ports::HostPorts;
+use super::{GUEST_CID, HOST_CID, RECEIVE, TRANSMIT, Vsock};
+use crate::device::Event;
+use crate::testing::{BUFFERS, Buffer, Driver};
+
+const PORT: u32 = 1024;
+const GUEST_PORT: u32 = 77;
+const REQUEST: u16 = 1;
+const RESPONSE: u16 = 2;
+const RESET: u16 = 3;
+const SHUTDOWN: u16 = 4;
+const DATA: u16 = 5;
+const CREDIT_UPDATE: u16 = 6;
+const CREDIT_REQUEST: u16 = 7;
+
+const HEADER: u32 = 44;
+const ROOM: u32 = 4096;
+const TX: u64 = BUFFERS;
+const RX: u64 = BUFFERS + 0x8_0000;
+
+/// A packet as far as the tests look at it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Packet {
+    op: u16,
+    flags: u32,
+    credit: u32,
+    forwarded: u32,
+    data: Vec<u8>,
+}
+
+fn packet(op: u16) -> Packet {
+    Packet { op, flags: 0, credit: 64 << 10, forwarded: 0, data: Vec::new() }
+}
+
+struct Guest {
+    driver: Driver,
+    ports: HostPorts,
+}
+
+impl Guest {
+    fn new() -> Self {
+        let ports = HostPorts::default();
+        let device = Vsock::new(ports.clone()).unwrap();
+        Self { driver: Driver::new(Box::new(device)).start(), ports }
+    }
+
+    /// A guest with one open connection, and the host's end of it.
+    fn connected() -> (Self, UnixStream) {
+        let mut guest = Self::new();
+        let (host, offered) = UnixStream::pair().unwrap();
+        guest.ports.offer(PORT, offered);
+        guest.send(&packet(REQUEST));
+        assert_eq!(guest.receive().unwrap().op, RESPONSE);
+        (guest, host)
+    }
+
+    fn send(&mut self, packet: &Packet) {
+        let header = [
+            &GUEST_CID.to_le_bytes()[..],
+            &HOST_CID.to_le_bytes(),
+            &GUEST_PORT.to_le_bytes(),
+            &PORT.to_le_bytes(),
+            &(packet.data.len() as u32).to_le_bytes(),
+            &1u16.to_le_bytes(),
+            &packet.op.to_le_bytes(),
+            &packet.flags.to_le_bytes(),
+            &packet.credit.to_le_bytes(),
+            &packet.forwarded.to_le_bytes(),
+        ]
+        .concat();
+        self.driver.memory.write_slice(&header, GuestAddress(TX)).unwrap();
+        self.driver.memory.write_slice(&packet.data, GuestAddress(TX + 0x100)).unwrap();
+        let mut chain = vec![Buffer { address: TX, length: HEADER, writable: false }];
+        if !packet.data.is_empty() {
+            chain.push(Buffer { address: TX + 0x100, length: packet.data.len() as u32, writable: false });
+        }
+        self.driver.offer(TRANSMIT, &chain);
+        self.driver.device.dispatch(Event::Queue(TRANSMIT as u16));
+        assert!(self.driver.used(TRANSMIT).is_some(), "the device keeps the buffer");
+    }
+
+    /// Asks how much the host's end has taken so far.
+    fn ask_credit(&mut self) -> u32 {
+        while let Some(answer) = self.receive() {
+            assert_eq!(answer.op, CREDIT_UPDATE);
+        }
+        self.send(&packet(CREDIT_REQUEST));
+        self.receive().unwrap().forwarded
+    }
+
+    /// Gives the device one buffer and takes what it puts into it.
+    fn receive(&mut self) -> Option<Packet> {
+        self.driver.offer(RECEIVE, &[Buffer { address: RX, length: HEADER + ROOM, writable: true }]);
+        self.driver.device.dispatch(Event::Backend);
+        let used = self.driver.used(RECEIVE);
+        let Some((_, length)) = used else {
+            // Take the unused buffer back, for the next call to offer it again.
+            self.driver.retract(RECEIVE);
+            return None;
+        };
+        let mut bytes = vec![0; length as usize];
+        self.driver.memory.read_slice(&mut bytes, GuestAddress(RX)).unwrap();
+        let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+        let half = |at: usize| u16::from_le_bytes(bytes[at..at + 2].try_into().unwrap());
+        assert_eq!((word(16), word(20)), (PORT, GUEST_PORT));
+        assert_eq!(word(24) + HEADER, length);
+        let data = bytes[HEADER as usize..].to_vec();
+        Some(Packet { op: half(30), flags: word(32), credit: word(36), forwarded: word(40), data })
+    }
+}
+
+#[test]
+fn a_port_that_nobody_offers_is_refused() {
+    let mut guest = Guest::new();
+    guest.send(&packet(REQUEST));
+    assert_eq!(guest.receive().unwrap().op, RESET);
+}
+
+#[test]
+fn an_offer_is_for_one_connection() {
+    let (mut guest, _host) = Guest::connected();
+    guest.send(&packet(REQUEST));
+    assert_eq!(guest.receive().unwrap().op, RESET);
+}
+
+#[test]
+fn bytes_go_both_ways() {
+    let (mut guest, mut host) = Guest::connected();
+    guest.send(&Packet { data: b"from the guest".to_vec(), ..packet(DATA) });
+    let mut bytes = [0; 14];
+    host.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"from the guest");
+
+    host.write_all(b"from the host").unwrap();
+    let received = guest.receive().unwrap();
+    assert_eq!((received.op, received.data.as_slice(), received.forwarded), (DATA, &b"from the host"[..], 14));
+}
+
+#[test]
+fn the_guest_gets_no_more_than_it_has_room_for() {
+    let (mut guest, mut host) = Guest::connected();
+    guest.send(&Packet { credit: 10, ..packet(CREDIT_UPDATE) });
+    host.write_all(&[1; 25]).unwrap();
+    assert_eq!(guest.receive().unwrap().data.len(), 10);
+    assert_eq!(guest.receive().unwrap().op, CREDIT_REQUEST);
+    assert_eq!(guest.receive(), None);
+    guest.send(&Packet { credit: 10, forwarded: 10, ..packet(CREDIT_UPDATE) });
+    assert_eq!(guest.receive().unwrap().data.len(), 10);
+}
+
+#[test]
+fn a_guest_that_sends_more_than_its_credit_is_cut_off() {
+    let (mut guest, _host) = Guest::connected();
+    // The host's end takes its socket buffer's worth; then the backlog fills up to the credit, and no further.
+    let mut cut_off = false;
+    for _ in 0..64 {
+        guest.send(&Packet { data: vec![0; 32 << 10], ..packet(DATA) });
+        while let Some(received) = guest.receive() {
+            cut_off |= received.op == RESET;
+        }
+    }
+    assert!(cut_off);
+}
+
+#[test]
+fn a_slow_receiver_gets_everything_and_the_guest_its_credit_back() {
+    let (mut guest, mut host) = Guest::connected();
+    let (mut sent, mut forwarded, mut received) = (0u32, 0u32, Vec::new());
+    let mut piece = vec![0; 50_000];
+    while received.len() < 1 << 20 {
+        while sent < 1 << 20 && sent - forwarded + 8192 <= CREDIT {
+            let data = (sent..sent + 8192).map(|i| (i / 8 % 251) as u8).collect();
+            guest.send(&Packet { data, ..packet(DATA) });
+            sent += 8192;
+        }
+        let count = host.read(&mut piece).unwrap();
+        received.extend_from_slice(&piece[..count]);
+        forwarded = guest.ask_credit();
+    }
+    assert!(received.iter().enumerate().all(|(i, byte)| *byte == (i / 8 % 251) as u8));
+}
+
+#[test]
+fn each_side_can_end_its_direction() {
+    let (mut guest, mut host) = Guest::connected();
+    guest.send(&Packet { data: b"last".to_vec(), ..packet(DATA) });
+    guest.send(&Packet { flags: 2, ..packet(SHUTDOWN) });
+    let mut bytes = Vec::new();
+    host.read_to_end(&mut bytes).unwrap();
+    assert_eq!(bytes, b"last");
+
+    host.write_all(b"answer").unwrap();
+    host.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(guest.receive().unwrap().data, b"answer");
+    let end = guest.receive().unwrap();
+    assert_eq!((end.op, end.flags), (SHUTDOWN, 2));
+
+    guest.send(&Packet { flags: 3, ..packet(SHUTDOWN) });
+    assert_eq!(guest.receive().unwrap().op, RESET);
+    guest.send(&packet(DATA));
+    assert_eq!(guest.receive().unwrap().op, RESET);
+}
+
+#[test]
+fn what_was_sent_before_a_reset_arrives() {
+    let (mut guest, mut host) = Guest::connected();
+    guest.send(&Packet { data: vec![7; 60_000], ..packet(DATA) });
+    guest.send(&packet(RESET));
+    assert_eq!(guest.receive(), None);
+    let mut bytes = Vec::new();
+    host.read_to_end(&mut bytes).unwrap();
+    assert_eq!(bytes.len(), 60_000);
+}
+
+#[test]
+fn a_flush_delivers_the_backlog_to_a_receiver_that_reads_late() {
+    let (mut guest, mut host) = Guest::connected();
+    let (mut sent, mut forwarded) = (0, 0);
+    while sent - forwarded + (10 << 10) <= CREDIT {
+        guest.send(&Packet { data: vec![1; 10 << 10], ..packet(DATA) });
+        sent += 10 << 10;
+        forwarded = guest.ask_credit();
+    }
+    let reader = std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        host.read_to_end(&mut bytes).unwrap();
+        bytes.len()
+    });
+    guest.driver.device.flush();
+    assert_eq!(reader.join().unwrap(), sent as usize);
+}
+
+#[test]
+fn a_port_can_be_a_unix_socket() {
+    let folder = tempfile::tempdir().unwrap();
+    let listener = std::os::unix::net::UnixListener::bind(folder.path().join("v_1024")).unwrap();
+    let device = Vsock::new(HostPorts::new(Some(folder.path().join("v")))).unwrap();
+    let mut guest = Guest { driver: Driver::new(Box::new(device)).start(), ports: HostPorts::default() };
+    guest.send(&packet(REQUEST));
+    let (mut host, _) = listener.accept().unwrap();
+    assert_eq!(guest.receive().unwrap().op, RESPONSE);
+    host.write_all(b"x").unwrap();
+    assert_eq!(guest.receive().unwrap().data, b"x");
+}
