@@ -309,3 +309,182 @@ pub fn now() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use protocol::container::WindowSize;
+
+    use super::*;
+
+    const TIMELINE: Timeline = Timeline {
+        monitor_started: 0,
+        vm_created: 0,
+        agent_ready: 0,
+        container_created: 0,
+        container_started: 0,
+        guest_agent_started_us: 0,
+        guest_agent_ready_us: 0,
+    };
+
+    fn container() -> ContainerSpec {
+        let json = r#"{"id":"c1","hostname":"h","rootfs":{"device":"/dev/vda","read_only":false},"mounts":[],"files":[],
+            "masked_paths":[],"readonly_paths":[],"limits":{"memory_bytes":null,"pids":null,"cpu_quota_us":null},
+            "shm_bytes":0,"process":{"args":["true"],"env":[],"working_directory":"/","user":"","additional_groups":[],
+            "capabilities":0,"rlimits":[],"no_new_privileges":false,"seccomp":"Default","oom_score_adj":0,"terminal":null,
+            "stdio":{"stdin":null,"stdout":null,"stderr":null}}}"#;
+        serde_json::from_str(json).unwrap()
+    }
+
+    fn hello() -> FromAgent {
+        FromAgent::Hello(Hello { magic: MAGIC, version: VERSION, started_us: 1, ready_us: 2 })
+    }
+
+    fn reply(id: u32) -> FromAgent {
+        FromAgent::Reply { id, result: Ok(()) }
+    }
+
+    fn exited(id: &str, code: u8) -> FromAgent {
+        let status = ExitStatus { code, out_of_memory: false, executed_us: 9 };
+        FromAgent::Exited { container: id.into(), status }
+    }
+
+    /// The outcome of a session whose agent says this and hangs up.
+    fn outcome(words: &[FromAgent]) -> Outcome {
+        let bytes: Vec<u8> =
+            words.iter().flat_map(|word| frame::encode(word, frame::MAX_FROM_AGENT).unwrap()).collect();
+        outcome_of_bytes(bytes)
+    }
+
+    fn outcome_of_bytes(bytes: Vec<u8>) -> Outcome {
+        let (session, offer) = Session::new(container(), None).unwrap();
+        let mut agent = offer.stream;
+        let talk = thread::spawn(move || {
+            let _ = agent.write_all(&bytes);
+            let _ = agent.shutdown(std::net::Shutdown::Write);
+            let mut rest = Vec::new();
+            let _ = agent.read_to_end(&mut rest);
+        });
+        let outcome = session.run(TIMELINE);
+        talk.join().unwrap();
+        outcome
+    }
+
+    fn failure(outcome: Outcome) -> SessionError {
+        match outcome {
+            Outcome::Failed(error) => error,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_container_runs_to_its_end() {
+        let outcome = outcome(&[hello(), reply(CREATE), reply(START), exited("c1", 7)]);
+        assert!(matches!(outcome, Outcome::Exited(ExitStatus { code: 7, .. })), "{outcome:?}");
+    }
+
+    #[test]
+    fn a_command_that_is_not_there_has_the_exit_code_of_a_shell() {
+        for (kind, code) in
+            [(FailureKind::CommandNotFound, 127), (FailureKind::CommandNotExecutable, 126), (FailureKind::System, 125)]
+        {
+            let refused = Failure { kind, message: "no\nway\u{1b}[2J".into() };
+            let error =
+                failure(outcome(&[hello(), reply(CREATE), FromAgent::Reply { id: START, result: Err(refused) }]));
+            assert_eq!(error.exit_code(), code);
+            assert_eq!(error.to_string(), "no\u{fffd}way\u{fffd}[2J");
+        }
+    }
+
+    #[test]
+    fn an_agent_of_another_build_is_refused() {
+        let other = FromAgent::Hello(Hello { magic: MAGIC, version: VERSION + 1, started_us: 0, ready_us: 0 });
+        assert!(matches!(failure(outcome(&[other])), SessionError::Version(_)));
+    }
+
+    #[test]
+    fn a_workload_that_found_the_port_is_no_agent() {
+        let other = FromAgent::Hello(Hello { magic: *b"GET / HT", version: VERSION, started_us: 0, ready_us: 0 });
+        assert!(matches!(failure(outcome(&[other])), SessionError::Protocol(_)));
+    }
+
+    #[test]
+    fn messages_out_of_order_end_the_session() {
+        let hostile: [&[FromAgent]; 6] = [
+            &[reply(CREATE)],
+            &[hello(), hello()],
+            &[hello(), reply(START)],
+            &[hello(), reply(CREATE), exited("c1", 0)],
+            &[hello(), reply(CREATE), reply(START), exited("c2", 0)],
+            &[hello(), reply(CREATE), reply(START), reply(CREATE)],
+        ];
+        for words in hostile {
+            assert!(matches!(failure(outcome(words)), SessionError::Protocol(_)), "{words:?}");
+        }
+    }
+
+    #[test]
+    fn garbage_and_claims_of_length_end_the_session() {
+        for bytes in [vec![0xff; 64], vec![3, 0, 0, 0, 0xff, 0xff, 0xff], vec![0, 0, 0, 0]] {
+            assert!(matches!(failure(outcome_of_bytes(bytes)), SessionError::Frame(_)));
+        }
+    }
+
+    #[test]
+    fn a_guest_that_ends_early_is_told_from_a_container_that_does() {
+        assert!(matches!(failure(outcome(&[])), SessionError::GuestEnded));
+        assert!(matches!(failure(outcome(&[hello(), reply(CREATE)])), SessionError::GuestEnded));
+    }
+
+    /// A session with a front end, and both other ends.
+    fn attended() -> (thread::JoinHandle<Outcome>, UnixStream, UnixStream) {
+        let (front_end, theirs) = UnixStream::pair().unwrap();
+        let (session, offer) = Session::new(container(), Some(theirs)).unwrap();
+        (thread::spawn(move || session.run(TIMELINE)), offer.stream, front_end)
+    }
+
+    #[test]
+    fn a_front_end_that_goes_away_ends_the_session() {
+        let (session, _agent, front_end) = attended();
+        drop(front_end);
+        assert!(matches!(session.join().unwrap(), Outcome::Abandoned));
+    }
+
+    #[test]
+    fn signals_and_resizes_reach_the_agent_in_order() {
+        let (session, mut agent, mut front_end) = attended();
+        for word in [hello(), reply(CREATE), reply(START)] {
+            frame::write(&mut agent, &word, frame::MAX_FROM_AGENT).unwrap();
+        }
+        assert!(matches!(frame::read(&mut front_end, FRAME_MAX), Ok(FromMonitor::Started(_))));
+        let size = WindowSize { rows: 5, columns: 6 };
+        frame::write(&mut front_end, &ToMonitor::Resize(size), FRAME_MAX).unwrap();
+        frame::write(&mut front_end, &ToMonitor::Signal(15), FRAME_MAX).unwrap();
+        let calls: Vec<Call> =
+            (0..4).map(|_| frame::read::<Request>(&mut agent, frame::MAX_FROM_HOST).unwrap().call).collect();
+        let container = || "c1".to_owned();
+        assert!(matches!(calls[..2], [Call::Create(_), Call::Start { .. }]));
+        assert_eq!(
+            calls[2..],
+            [
+                Call::Resize { container: container(), size },
+                Call::Signal { container: container(), signal: 15, all: false }
+            ]
+        );
+        frame::write(&mut agent, &exited("c1", 143), frame::MAX_FROM_AGENT).unwrap();
+        assert!(matches!(session.join().unwrap(), Outcome::Exited(ExitStatus { code: 143, .. })));
+    }
+
+    #[test]
+    fn an_agent_that_never_reads_cannot_make_the_monitor_wait_or_grow() {
+        let (session, mut agent, mut front_end) = attended();
+        for word in [hello(), reply(CREATE), reply(START)] {
+            frame::write(&mut agent, &word, frame::MAX_FROM_AGENT).unwrap();
+        }
+        let signal = frame::encode(&ToMonitor::Signal(10), FRAME_MAX).unwrap().repeat(1000);
+        let flood = thread::spawn(move || while front_end.write_all(&signal).is_ok() {});
+        assert!(matches!(failure(session.join().unwrap()), SessionError::Protocol("it does not read its requests")));
+        flood.join().unwrap();
+    }
+}
