@@ -15,8 +15,7 @@ use crate::limits::DOCUMENT_BYTES_MAX;
 
 #[derive(Deserialize)]
 struct DockerConfig {
-    #[serde(default)]
-    auths: BTreeMap<String, Login>,
+    auths: Option<BTreeMap<String, Login>>,
 }
 
 #[derive(Deserialize)]
@@ -54,7 +53,8 @@ pub(super) fn load(file: &Path, registry: &str) -> Result<RegistryAuth, Error> {
         "docker.io" => vec!["https://index.docker.io/v1/".to_owned(), "docker.io".to_owned()],
         other => vec![other.to_owned(), format!("https://{other}"), format!("https://{other}/")],
     };
-    let login = names.iter().find_map(|name| config.auths.get(name)?.auth.as_deref());
+    let auths = config.auths.unwrap_or_default();
+    let login = names.iter().find_map(|name| auths.get(name)?.auth.as_deref());
     let Some(login) = login.filter(|login| !login.is_empty()) else { return Ok(RegistryAuth::Anonymous) };
     let decoded = STANDARD.decode(login).ok().and_then(|bytes| String::from_utf8(bytes).ok());
     let pair = decoded.as_deref().and_then(|text| text.split_once(':'));

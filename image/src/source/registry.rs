@@ -119,11 +119,15 @@ impl Connection {
             user_agent: USER_AGENT,
             ..ClientConfig::default()
         });
-        let http = reqwest::Client::builder()
+        let mut http = reqwest::Client::builder()
             .connect_timeout(options.connect_timeout)
             .read_timeout(options.stall_timeout)
-            .user_agent(USER_AGENT)
-            .build();
+            .user_agent(USER_AGENT);
+        if reference.is_loopback() {
+            // What a proxy calls localhost is another machine.
+            http = http.no_proxy();
+        }
+        let http = http.build();
         let (name, repository) = (reference.registry().to_owned(), reference.repository().to_owned());
         let image = match (reference.digest(), reference.tag()) {
             (Some(digest), _) => oci_client::Reference::with_digest(name, repository, digest.to_string()),

@@ -283,7 +283,6 @@ fn an_empty_image_is_an_empty_directory() {
 
 #[test]
 fn a_large_directory_is_searchable() {
-    let Some(_) = rustix::process::geteuid().is_root().then_some(()) else { return };
     let mut layer = Layer::new();
     let names: Vec<_> = (0..5000).map(|n| format!("{:0>width$}", n * 7919 % 5000, width = 1 + n % 60)).collect();
     for name in &names {

@@ -2,6 +2,7 @@
 //! nothing left behind.
 
 use image::{Digest, Limits, PullOptions, Reference, Silent};
+use proptest::prelude::*;
 use tar::EntryType;
 
 use crate::images::{Compression, Layer, TestImage};
@@ -298,4 +299,89 @@ fn refused_missing(fixture: &Fixture, reference: &str) -> String {
     let error = fixture.pull(reference).expect_err("the image was accepted");
     assert_eq!(fixture.leftovers(), Vec::<std::path::PathBuf>::new());
     chain(&error)
+}
+
+/// Small, and with one of everything a parser can trip over.
+fn specimen() -> Vec<u8> {
+    Layer::new()
+        .directory("d")
+        .file("d/f", b"hello")
+        .pax(&[("path", b"d/long"), ("mtime", b"1.5"), ("SCHILY.xattr.user.a", b"b"), ("size", b"3")])
+        .file("x", b"abc")
+        .pax(&[
+            ("GNU.sparse.major", b"1"),
+            ("GNU.sparse.minor", b"0"),
+            ("GNU.sparse.name", b"s"),
+            ("GNU.sparse.realsize", b"9"),
+        ])
+        .file("y", &[&b"2\n0\n2\n5\n3\n"[..], &[0; 501], b"abcde"].concat())
+        .file(&"n".repeat(150), b"")
+        .symlink("l", "d")
+        .hard_link("h", "l/f")
+        .device("c", EntryType::Char, 1, 3)
+        .file("d/.wh.f", b"")
+        .finish()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+    #[test]
+    fn damaged_layers_give_an_image_or_an_error(
+        edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), any::<bool>()), 1..4),
+        cut in prop::option::of(any::<prop::sample::Index>()),
+    ) {
+        let mut archive = specimen();
+        for (index, byte, mend) in edits {
+            let at = index.index(archive.len());
+            archive[at] = byte;
+            if mend {
+                // With a checksum that fits, the damage gets past the first check.
+                let start = at / 512 * 512;
+                let mut header = tar::Header::new_old();
+                header.as_mut_bytes().copy_from_slice(&archive[start..start + 512]);
+                header.set_cksum();
+                archive[start..start + 512].copy_from_slice(header.as_bytes());
+            }
+        }
+        if let Some(cut) = cut {
+            archive.truncate(cut.index(archive.len()));
+        }
+        let fixture = Fixture::new();
+        let limits = Limits { unpacked_bytes: 1 << 24, ..Limits::default() };
+        let image = TestImage::new(&[(archive, Compression::None)], "amd64");
+        let directory = fixture.path("layout");
+        image.write_layout(&directory, "latest");
+        let reference: Reference = format!("oci:{}", directory.display()).parse().unwrap();
+        match fixture.store.pull(&reference, &PullOptions { limits, ..PullOptions::default() }, &Silent) {
+            Ok(image) => {
+                crate::snapshot::fsck(&image.rootfs);
+                crate::snapshot::read_by_crate(&image.rootfs);
+            }
+            Err(error) => prop_assert!(!chain(&error).is_empty()),
+        }
+        prop_assert_eq!(fixture.leftovers(), Vec::<std::path::PathBuf>::new());
+    }
+}
+
+#[test]
+fn a_full_disk_leaves_nothing_behind() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let fixture = Fixture::new();
+    let mount = fixture.path("store");
+    let run = |command: &mut std::process::Command| command.status().unwrap().success();
+    // Without the right to mount there is nothing to test here.
+    if !run(std::process::Command::new("mount").args(["-t", "tmpfs", "-o", "size=1m", "none"]).arg(&mount)) {
+        return;
+    }
+    let store = image::Store::open(&mount).unwrap();
+    let directory = fixture.path("layout");
+    TestImage::single(Layer::new().file("a", &crate::registry::noise(1, 2 << 20))).write_layout(&directory, "latest");
+    let reference: Reference = format!("oci:{}", directory.display()).parse().unwrap();
+    let text = chain(&store.pull(&reference, &PullOptions::default(), &Silent).unwrap_err());
+    let left = fixture.leftovers();
+    assert!(run(std::process::Command::new("umount").arg(&mount)));
+    assert!(text.starts_with("cannot write ") && text.contains("No space left on device"), "{text}");
+    assert_eq!(left, Vec::<std::path::PathBuf>::new());
 }
