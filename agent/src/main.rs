@@ -15,6 +15,11 @@ use protocol::CONTROL_PORT;
 #[unsafe(no_mangle)]
 pub extern "C" fn main() -> i32 {
     let started_us = clock::boot_us();
+    // Anywhere else it would mount over a root that others use and restart their machine.
+    if std::process::id() != 1 {
+        eprintln!("cofferdam-agent: this is the first process of a micro-VM: cofferdam starts it in one");
+        return 1;
+    }
     panic::set_hook(Box::new(|panic| {
         eprintln!("cofferdam-agent: {panic}");
         boot::power_off()

@@ -512,6 +512,25 @@ fn calls_out_of_turn_are_refused() {
 }
 
 #[test]
+fn a_start_need_not_wait_for_the_creation() {
+    let image = Image::new();
+    let mut host = Host::new();
+    for (program, results) in [("true", [true, true]), ("nope", [false, false])] {
+        let create = host.send(Call::Create(Box::new(image.spec("c", &[program]))));
+        let start = host.send(Call::Start { container: "c".into() });
+        for (request, succeeds) in [create, start].into_iter().zip(results) {
+            match host.receive() {
+                FromAgent::Reply { id, result } => assert_eq!((id, result.is_ok()), (request, succeeds)),
+                other => panic!("unexpected message {other:?}"),
+            }
+        }
+        if results[1] {
+            assert_eq!(host.exited("c").code, 0);
+        }
+    }
+}
+
+#[test]
 fn a_terminal_is_the_controlling_one_and_can_be_resized() {
     let image = Image::new();
     let mut host = Host::new();
