@@ -16,6 +16,7 @@ pub mod boot;
 pub mod clock;
 pub mod container;
 pub mod control;
+mod memory;
 pub mod pump;
 mod seccomp;
 pub mod sys;

@@ -48,6 +48,7 @@ use cgroup::{Cgroup, SIGKILL};
 use error::InStep;
 use process::{Report, Streams};
 
+use crate::memory;
 use crate::pump::{Flow, Pump};
 use crate::sys::{self, Fork};
 
@@ -385,7 +386,8 @@ impl Container {
             return Some(refused.into_iter().flatten().map(refuse).collect());
         }
         let out_of_memory = self.cgroup.ran_out_of_memory();
-        let status = ExitStatus { code, out_of_memory, executed_us: self.executed_us };
+        let agent_resident_kib = memory::resident_kib().unwrap_or(0);
+        let status = ExitStatus { code, out_of_memory, executed_us: self.executed_us, agent_resident_kib };
         Some(vec![FromAgent::Exited { container: self.id.clone(), status }])
     }
 }
