@@ -107,8 +107,8 @@ pub struct ProcessSpec {
     pub user: String,
     /// Groups by name or number, besides those that `/etc/group` lists for the user.
     pub additional_groups: Vec<String>,
-    /// The bounding, permitted, effective and inheritable capability set: bit N for capability N. A user other than
-    /// root keeps the bounding set only.
+    /// The bounding, permitted and effective capability set: bit N for capability N. A user other than root keeps the
+    /// bounding set only. The inheritable and ambient sets are empty.
     pub capabilities: u64,
     /// Resource limits.
     pub rlimits: Vec<Rlimit>,

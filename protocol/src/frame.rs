@@ -143,7 +143,7 @@ mod tests {
     use crate::{ExitStatus, FromAgent};
 
     fn message() -> FromAgent {
-        let status = ExitStatus { code: 137, out_of_memory: true, executed_us: 42 };
+        let status = ExitStatus { code: 137, out_of_memory: true, executed_us: 42, agent_resident_kib: 900 };
         FromAgent::Exited { container: "c".repeat(64), status }
     }
 

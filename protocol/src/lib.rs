@@ -24,7 +24,7 @@ use container::{ContainerSpec, WindowSize};
 use serde::{Deserialize, Serialize};
 
 /// The version of everything in this crate.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// The vsock port on the host that the agent dials for its control connection.
 pub const CONTROL_PORT: u32 = 1024;
@@ -81,7 +81,8 @@ pub enum FromAgent {
         /// What became of it.
         result: Result<(), Failure>,
     },
-    /// A container's first process ended, all its other processes are gone, and its output was written.
+    /// A container's first process ended, all its other processes are gone, and its output was written. A container
+    /// whose `Create` or `Start` failed is gone with that reply, and this does not follow.
     Exited {
         /// The container's id.
         container: String,
@@ -112,6 +113,8 @@ pub struct ExitStatus {
     pub out_of_memory: bool,
     /// Guest time (CLOCK_BOOTTIME) just before the program's `execve`, in microseconds: the end of the start path.
     pub executed_us: u64,
+    /// The agent's own resident memory at that end, in KiB; 0 when it cannot be told.
+    pub agent_resident_kib: u32,
 }
 
 /// Why the agent did not do what was asked.
