@@ -18,7 +18,7 @@ pub fn show<T>(quiet: bool, work: impl FnOnce(&dyn Progress) -> T) -> T {
         return work(&Silent);
     }
     if !std::io::stderr().is_terminal() {
-        return work(&Lines::default());
+        return work(&Lines);
     }
     let bars = Bars::new();
     let result = work(&bars);
@@ -50,7 +50,6 @@ fn step(step: Step) -> Option<&'static str> {
 }
 
 /// One line when something begins.
-#[derive(Default)]
 struct Lines;
 
 impl Lines {

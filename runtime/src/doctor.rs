@@ -64,6 +64,8 @@ pub struct Check {
 
 type Report = (Verdict, String, Option<String>);
 
+type NamedCheck = (&'static str, fn() -> Report);
+
 fn good(finding: impl Into<String>) -> Report {
     (Verdict::Ok, finding.into(), None)
 }
@@ -77,7 +79,7 @@ fn failure(finding: impl Into<String>, remedy: impl Into<String>) -> Report {
 }
 
 /// The checks, in the order in which they are made and shown.
-const CHECKS: [(&str, fn() -> Report); 8] = [
+const CHECKS: [NamedCheck; 8] = [
     ("kvm", kvm),
     ("cpu", cpu),
     ("memory", memory),

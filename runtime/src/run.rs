@@ -176,7 +176,7 @@ mod tests {
     #[test]
     fn exit_codes_are_those_of_docker() {
         let code = |outcome| finished(outcome, 1).exit_code;
-        let status = ExitStatus { code: 7, out_of_memory: true, executed_us: 0 };
+        let status = ExitStatus { code: 7, out_of_memory: true, executed_us: 0, agent_resident_kib: 0 };
         assert_eq!(code(Outcome::Exited(status)), 7);
         assert_eq!(finished(Outcome::Exited(status), 1).out_of_memory, Some(1));
         let failure = Failure { exit_code: 127, message: "not found".into(), console: None };

@@ -182,7 +182,7 @@ impl Sizes {
         let available = host.cpus.clamp(1, u64::from(VCPUS_MAX));
         let vcpus = u8::try_from(asked).ok().filter(|vcpus| u64::from(*vcpus) <= available);
         let vcpus = vcpus.ok_or(SizeError::TooManyCpus { asked, available })?;
-        let cpu_quota_us = (quota_us % CPU_PERIOD_US != 0).then_some(quota_us);
+        let cpu_quota_us = (!quota_us.is_multiple_of(CPU_PERIOD_US)).then_some(quota_us);
 
         let memory_limit = memory.unwrap_or(DEFAULT_MEMORY);
         if memory_limit < MEMORY_MIN {

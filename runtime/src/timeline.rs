@@ -29,6 +29,8 @@ pub struct RunTimeline {
     pub start: Timeline,
     /// Guest time just before the program's `execve`, in microseconds.
     pub guest_executed_us: u64,
+    /// The agent's resident memory when the container had ended, in KiB.
+    pub agent_resident_kib: u32,
     /// The container's end was known, and the monitor gone.
     pub finished: u64,
 }
@@ -36,7 +38,9 @@ pub struct RunTimeline {
 impl RunTimeline {
     /// Takes over what is known at the end.
     pub(crate) fn finish(&mut self, status: Option<&ExitStatus>) {
-        self.guest_executed_us = status.map_or(0, |status| status.executed_us);
+        if let Some(status) = status {
+            (self.guest_executed_us, self.agent_resident_kib) = (status.executed_us, status.agent_resident_kib);
+        }
         self.finished = now();
     }
 

@@ -36,7 +36,7 @@ impl Bench {
         );
         fs::write(bench.path("monitor"), monitor).unwrap();
         fs::set_permissions(bench.path("monitor"), fs::Permissions::from_mode(0o755)).unwrap();
-        let status = |code| ExitStatus { code, out_of_memory: false, executed_us: 77 };
+        let status = |code| ExitStatus { code, out_of_memory: false, executed_us: 77, agent_resident_kib: 800 };
         bench.frame("started", &FromMonitor::Started(Timeline { agent_ready: 5, ..Timeline::default() }));
         bench.frame("exited-0", &FromMonitor::Exited(status(0)));
         bench.frame("exited-7", &FromMonitor::Exited(status(7)));
