@@ -346,7 +346,7 @@ mod tests {
     }
 
     fn exited(id: &str, code: u8) -> FromAgent {
-        let status = ExitStatus { code, out_of_memory: false, executed_us: 9 };
+        let status = ExitStatus { code, out_of_memory: false, executed_us: 9, agent_resident_kib: 800 };
         FromAgent::Exited { container: id.into(), status }
     }
 
