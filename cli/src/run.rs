@@ -3,7 +3,7 @@
 use std::env;
 use std::path::Path;
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use image::{Image, PullOptions, Reference, Store};
 use runtime::env_file;
 use runtime::request::RunRequest;
@@ -24,9 +24,11 @@ pub fn run(args: Run, started: u64) -> anyhow::Result<u8> {
     let image = find(&image, pull, quiet)?;
     let mut times = RunTimeline { cli_started: started, image_found: timeline::now(), ..RunTimeline::default() };
     let finished = plan.run(&image, &mut times)?;
-    if let Some(path) = env::var_os(TIMELINE_VARIABLE) {
-        let path = Path::new(&path);
-        times.append(path).with_context(|| format!("cannot write the timeline {}", path.display()))?;
+    // The exit code stays the container's: what it did counts, whatever becomes of our notes.
+    if let Some(path) = env::var_os(TIMELINE_VARIABLE)
+        && let Err(error) = times.append(Path::new(&path))
+    {
+        report::error(&format!("cannot write the timeline {}: {error}", path.display()));
     }
     Ok(exit_code(&finished))
 }

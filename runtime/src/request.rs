@@ -275,7 +275,27 @@ impl FromStr for SecurityOption {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #[test]
+        fn words_are_read_or_refused_and_never_a_panic(text in "\\PC{0,40}", number in "[0-9.:=,/-]{0,40}") {
+            for text in [text, number] {
+                _ = text.parse::<EnvEntry>();
+                _ = text.parse::<PidsLimit>();
+                _ = text.parse::<SecurityOption>();
+                _ = text.parse::<Bytes>();
+                _ = text.parse::<Cpus>();
+                _ = text.parse::<Capability>();
+                _ = format!("nofile={text}").parse::<Ulimit>();
+                if let Ok(Tmpfs(mount)) = format!("/{text}").parse() {
+                    prop_assert!(mount.destination.len() > 1 && !mount.destination.split('/').any(|part| part == ".."));
+                }
+            }
+        }
+    }
 
     #[test]
     fn environment_entries_need_a_name() {

@@ -3,7 +3,7 @@
 //! Nothing here waits but for the container. What can be done while the guest boots (sweeping up after killed runs) is
 //! done then.
 
-use std::env;
+use std::env::{self, VarError};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::PathBuf;
 
@@ -15,7 +15,7 @@ use thiserror::Error;
 use crate::launch::{Ending, Launch, LaunchError};
 use crate::merge::MergeError;
 use crate::paths::{self, PathError};
-use crate::request::RunRequest;
+use crate::request::{EnvEntry, RunRequest};
 use crate::size::{Host, SizeError, Sizes};
 use crate::spec::{self, ContainerId, SpecError};
 use crate::state::{RunRoot, StateError};
@@ -50,6 +50,12 @@ pub enum RunError {
     /// The monitor's life.
     #[error(transparent)]
     Supervise(#[from] SuperviseError),
+    /// A variable of the caller's cannot be handed on.
+    #[error("the value of the environment variable {name} is not UTF-8: give it with -e {name}=VALUE")]
+    NotUtf8 {
+        /// Its name.
+        name: String,
+    },
     /// There are no random numbers.
     #[error("cannot choose an id for the container")]
     Id(#[source] std::io::Error),
@@ -89,6 +95,13 @@ impl Plan {
     pub fn new(request: RunRequest) -> Result<Self, RunError> {
         request.name.as_deref().map_or(Ok(()), spec::check_name)?;
         request.hostname.as_deref().map_or(Ok(()), spec::check_hostname)?;
+        for entry in &request.environment {
+            if let EnvEntry::Inherit(name) = entry
+                && let Err(VarError::NotUnicode(_)) = env::var(name)
+            {
+                return Err(RunError::NotUtf8 { name: name.clone() });
+            }
+        }
         let sizes = Sizes::new(request.cpus, request.memory, Host::read())?;
         if takes_keys(&request) {
             terminal::check()?;

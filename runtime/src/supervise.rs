@@ -153,7 +153,9 @@ impl<F: FnOnce(Timeline)> Run<F> {
             ];
             // A closed socket is always ready: it is left out.
             let count = if self.open { 3 } else { 2 };
-            let patience = if self.outcome.is_some() { Some(&END_PATIENCE) } else { None };
+            // A monitor that has said how it ended, or has nothing more to say, is about to end.
+            let ending = self.outcome.is_some() || !self.open;
+            let patience = ending.then_some(&END_PATIENCE);
             match poll(&mut waits[..count], patience) {
                 Ok(0) => None,
                 Ok(_) => Some(waits.map(|wait| !wait.revents().is_empty())),

@@ -65,8 +65,9 @@ impl RawMode {
             }));
         }
         // Drain: what the caller printed before is shown under the old mode.
+        let mode = Self(());
         tcsetattr(stdin.as_fd(), OptionalActions::Drain, &raw).map_err(|errno| TerminalError::Mode(errno.into()))?;
-        Ok(Self(()))
+        Ok(mode)
     }
 }
 

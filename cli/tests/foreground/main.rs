@@ -200,6 +200,17 @@ fn a_timeline_is_one_line_of_json() {
 }
 
 #[test]
+fn a_variable_that_is_not_text_is_refused() {
+    use std::os::unix::ffi::OsStrExt as _;
+
+    let bench = Bench::new("say started; say exited-0");
+    let mut command = bench.command(&["run", "-e", "BYTES", &bench.image()]);
+    let output = command.env("BYTES", std::ffi::OsStr::from_bytes(b"\xff")).output().unwrap();
+    assert_eq!(output.status.code(), Some(125));
+    assert!(stderr(&output).starts_with("error: the value of the environment variable BYTES is not UTF-8"));
+}
+
+#[test]
 fn bad_requests_are_one_line_and_leave_nothing() {
     let bench = Bench::new("say started; say exited-0");
     let image = bench.image();
