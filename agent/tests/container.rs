@@ -105,16 +105,10 @@ impl Host {
     }
 
     fn exited(&mut self, id: &str) -> ExitStatus {
-        let mut early = std::mem::take(&mut self.early);
-        loop {
-            let message = if early.is_empty() { self.receive() } else { early.remove(0) };
-            match message {
-                FromAgent::Exited { container, status } if container == id => {
-                    self.early = early;
-                    return status;
-                }
-                other => panic!("unexpected message {other:?}"),
-            }
+        let message = if self.early.is_empty() { self.receive() } else { self.early.remove(0) };
+        match message {
+            FromAgent::Exited { container, status } if container == id => status,
+            other => panic!("unexpected message {other:?}"),
         }
     }
 

@@ -28,6 +28,9 @@ const DEVICE_LINKS: [(&str, &str); 6] = [
     ("pts/ptmx", "ptmx"),
 ];
 
+/// Options of a file system, as [`create`] takes them.
+type Options<'a> = &'a [(&'a str, &'a str)];
+
 /// The kernel's own file systems of a container.
 #[derive(Debug)]
 pub struct Standard {
@@ -69,7 +72,7 @@ fn mount_dev(root: &Root, shm_bytes: u64) -> Result<OwnedFd, SetupError> {
     let size = shm_bytes.to_string();
     let pts_options = [("newinstance", ""), ("ptmxmode", "0666"), ("mode", "0620"), ("gid", "5")];
     let no_suid_exec = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    let below: [(&str, &str, &[(&str, &str)], MountAttrFlags); 3] = [
+    let below: [(&str, &str, Options<'_>, MountAttrFlags); 3] = [
         ("pts", "devpts", &pts_options, no_suid_exec),
         ("shm", "tmpfs", &[("mode", "1777"), ("size", &size)], NO_SUID_EXEC_DEV),
         ("mqueue", "mqueue", &[], NO_SUID_EXEC_DEV),

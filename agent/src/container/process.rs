@@ -165,7 +165,8 @@ fn connect_streams(
             .in_step("make a standard stream /dev/null")?,
             // So that the user may open it again by its name in /dev or /proc/self/fd.
             Some(_) => {
-                fs::fchown(stream, Some(Uid::from_raw(user.uid)), None).in_step("give a standard stream to the user")?
+                fs::fchown(stream, Some(Uid::from_raw(user.uid)), None)
+                    .in_step("give a standard stream to the user")?;
             }
         }
     }
