@@ -11,12 +11,12 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_S_IOERR,
     VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
 };
-use vm_memory::{Bytes, GuestMemory as _, Permissions, VolatileSlice};
+use vm_memory::{Bytes, VolatileSlice};
 
 use crate::GuestMemory;
 use crate::device::{Broken, Event, Resources, VirtioDevice, read_config_bytes};
-use crate::guest_io::{BUFFERS_MAX, read_exact_at, write_all_at};
-use crate::queue::{Chain, QUEUE_SIZE_MAX};
+use crate::guest_io::{read_exact_at, write_all_at};
+use crate::queue::{Buffers, Chain, QUEUE_SIZE_MAX};
 
 /// The unit of the capacity and of request positions (§5.2.2).
 const SECTOR: u64 = 512;
@@ -127,21 +127,10 @@ struct Request<'m> {
 
 impl<'m> Request<'m> {
     fn parse(memory: &'m GuestMemory, chain: Chain<'m>) -> Result<Self, &'static str> {
-        let (mut output, mut input) = (Vec::new(), Vec::new());
-        for descriptor in chain {
-            let writable = descriptor.is_write_only();
-            let (side, access) =
-                if writable { (&mut input, Permissions::Write) } else { (&mut output, Permissions::Read) };
-            let slices = memory.get_slices(descriptor.addr(), descriptor.len() as usize, access);
-            for slice in slices.map_err(|_| "a buffer lies outside of memory")? {
-                side.push(slice.map_err(|_| "a buffer lies outside of memory")?);
-            }
-            if side.len() > BUFFERS_MAX {
-                return Err("a request has too many buffers");
-            }
-        }
+        let mut buffers = Buffers::of(memory, chain)?;
         let mut header = [0; HEADER_LENGTH];
-        take_front(&mut output, &mut header).ok_or("a request has no header")?;
+        buffers.take(&mut header).ok_or("a request has no header")?;
+        let Buffers { readable: output, writable: mut input } = buffers;
         let [k0, k1, k2, k3, _, _, _, _, sector @ ..] = header;
         while input.last().is_some_and(|slice| slice.is_empty()) {
             input.pop();
@@ -159,23 +148,6 @@ impl<'m> Request<'m> {
             status,
         })
     }
-}
-
-/// Moves the first bytes of `buffers` into `bytes`.
-fn take_front(buffers: &mut Vec<VolatileSlice<'_>>, bytes: &mut [u8]) -> Option<()> {
-    let mut filled = 0;
-    while filled < bytes.len() {
-        let first = buffers.first_mut()?;
-        let count = first.len().min(bytes.len() - filled);
-        first.read_slice(&mut bytes[filled..filled + count], 0).ok()?;
-        filled += count;
-        if count == first.len() {
-            buffers.remove(0);
-        } else {
-            *first = first.offset(count).ok()?;
-        }
-    }
-    Some(())
 }
 
 impl VirtioDevice for Blk {

@@ -5,10 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestMemory as _, Permissions, VolatileSlice};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::GuestMemory;
 use crate::device::Broken;
+use crate::guest_io::BUFFERS_MAX;
 
 /// The largest queue that any of our devices offers.
 pub const QUEUE_SIZE_MAX: u16 = 256;
@@ -20,6 +22,59 @@ const BUDGET: u32 = QUEUE_SIZE_MAX as u32;
 
 /// A chain of buffers.
 pub type Chain<'m> = DescriptorChain<&'m GuestMemory>;
+
+/// The buffers of a chain, with no assumption about how the driver cut its request into descriptors (VIRTIO 1.2 §2.7.4,
+/// "Message Framing").
+#[derive(Debug, Default)]
+pub struct Buffers<'m> {
+    /// What the driver wrote for the device.
+    pub readable: Vec<VolatileSlice<'m>>,
+    /// Room for the device to write to.
+    pub writable: Vec<VolatileSlice<'m>>,
+}
+
+impl<'m> Buffers<'m> {
+    /// Looks the descriptors of a chain up in guest memory.
+    ///
+    /// # Errors
+    /// What is wrong with the chain: it reaches out of memory, or has more buffers than a queue has places.
+    pub fn of(memory: &'m GuestMemory, chain: Chain<'m>) -> Result<Self, &'static str> {
+        const OUTSIDE: &str = "a buffer lies outside of memory";
+        let mut buffers = Self::default();
+        for descriptor in chain {
+            let (side, access) = if descriptor.is_write_only() {
+                (&mut buffers.writable, Permissions::Write)
+            } else {
+                (&mut buffers.readable, Permissions::Read)
+            };
+            let slices = memory.get_slices(descriptor.addr(), descriptor.len() as usize, access);
+            for slice in slices.map_err(|_| OUTSIDE)? {
+                side.push(slice.map_err(|_| OUTSIDE)?);
+            }
+            if side.len() > BUFFERS_MAX {
+                return Err("a request has too many buffers");
+            }
+        }
+        Ok(buffers)
+    }
+
+    /// Moves the first bytes of what the driver wrote into `bytes`; `None` when there are not as many.
+    pub fn take(&mut self, bytes: &mut [u8]) -> Option<()> {
+        let mut filled = 0;
+        while filled < bytes.len() {
+            let first = self.readable.first_mut()?;
+            let count = first.len().min(bytes.len() - filled);
+            first.read_slice(&mut bytes[filled..filled + count], 0).ok()?;
+            filled += count;
+            if count == first.len() {
+                self.readable.remove(0);
+            } else {
+                *first = first.offset(count).ok()?;
+            }
+        }
+        Some(())
+    }
+}
 
 /// The interrupt line of a device and the reason it was raised (VIRTIO 1.2 §4.2.2, InterruptStatus).
 #[derive(Debug, Clone)]

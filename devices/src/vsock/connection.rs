@@ -108,37 +108,56 @@ impl Connection {
     }
 
     /// The guest sends data.
-    pub(super) fn receive(&mut self, data: &VolatileSlice<'_>) {
-        if !self.guest_sends || self.backlog.len() + data.len() > CREDIT as usize {
+    pub(super) fn receive(&mut self, data: &[VolatileSlice<'_>]) {
+        let length: usize = data.iter().map(VolatileSlice::len).sum();
+        if !self.guest_sends || self.backlog.len() + length > CREDIT as usize {
             // Data after a shutdown or beyond the credit: the guest does not keep to the protocol.
             self.over = true;
             return;
         }
-        let mut taken = 0;
-        if self.backlog.is_empty() && self.writable {
-            match moved((&self.stream).write_volatile(data)) {
-                Moved::Bytes(count) => taken = count,
-                Moved::WouldBlock => {}
-                Moved::Failed => self.over = true,
+        for piece in data {
+            let taken = self.write(piece);
+            if let Ok(rest) = piece.offset(taken) {
+                self.keep(&rest);
             }
-            self.writable = taken == data.len();
+            self.took(taken);
         }
-        if let Ok(rest) = data.offset(taken)
-            && !rest.is_empty()
-        {
-            let start = self.backlog.len();
-            self.backlog.resize(start + rest.len(), 0);
-            let (first, second) = self.backlog.as_mut_slices();
-            // The new bytes are at the end: in the second half, or in both.
-            let middle = first.len();
-            let tail = start.saturating_sub(middle);
-            let head = &mut first[start.min(middle)..];
-            rest.copy_to(head);
-            if let Ok(remaining) = rest.offset(head.len()) {
-                remaining.copy_to(&mut second[tail..]);
+    }
+
+    /// Gives the stream as much as it takes, unless something else has to go first.
+    fn write(&mut self, piece: &VolatileSlice<'_>) -> usize {
+        if !self.writable || !self.backlog.is_empty() || piece.is_empty() {
+            return 0;
+        }
+        match moved((&self.stream).write_volatile(piece)) {
+            Moved::Bytes(count) => {
+                self.writable = count == piece.len();
+                count
+            }
+            Moved::WouldBlock => {
+                self.writable = false;
+                0
+            }
+            Moved::Failed => {
+                self.over = true;
+                0
             }
         }
-        self.took(taken);
+    }
+
+    /// Puts what the stream did not take at the end of the backlog.
+    fn keep(&mut self, piece: &VolatileSlice<'_>) {
+        let start = self.backlog.len();
+        self.backlog.resize(start + piece.len(), 0);
+        let (first, second) = self.backlog.as_mut_slices();
+        // The new bytes are at the end: in the second half, or in both.
+        let middle = first.len();
+        let tail = start.saturating_sub(middle);
+        let head = &mut first[start.min(middle)..];
+        piece.copy_to(head);
+        if let Ok(remaining) = piece.offset(head.len()) {
+            remaining.copy_to(&mut second[tail..]);
+        }
     }
 
     /// The guest shuts down.

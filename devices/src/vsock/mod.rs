@@ -5,10 +5,12 @@
 //! one that breaks the rules of its connection ends it. Datagrams, SEQPACKET and connections opened by the host are not
 //! supported.
 //!
+//! - [`incoming`]: a packet that the guest sends.
 //! - [`connection`]: one connection: credit, buffering, half-close.
 //! - [`muxer`]: all of them: from packets to connections and back.
 
 mod connection;
+mod incoming;
 mod muxer;
 pub mod ports;
 #[cfg(test)]
@@ -19,6 +21,7 @@ use std::os::fd::RawFd;
 
 use virtio_vsock::packet::{PKT_HEADER_SIZE, VsockPacket};
 
+use self::incoming::Incoming;
 use self::muxer::Muxer;
 use self::ports::HostPorts;
 use crate::GuestMemory;
@@ -103,11 +106,10 @@ impl VirtioDevice for Vsock {
         if event == Event::Queue(TRANSMIT as u16)
             && let Some(queue) = queues.get_mut(TRANSMIT)
         {
-            queue.for_each(memory, |mut chain| {
-                // A packet that is no packet cannot be answered; the buffer is returned, as for any other.
-                if let Ok(packet) = VsockPacket::from_tx_virtq_chain(memory, &mut chain, PAYLOAD_MAX) {
-                    self.muxer.receive(&packet);
-                }
+            queue.for_each(memory, |chain| {
+                let packet = Incoming::parse(memory, chain);
+                let packet = packet.map_err(|reason| Broken::Chain { queue: TRANSMIT as u16, reason })?;
+                self.muxer.receive(&packet);
                 Ok(0)
             })?;
         }

@@ -8,6 +8,7 @@ use rustix::event::epoll;
 use virtio_vsock::packet::VsockPacket;
 
 use super::connection::{CREDIT, Connection, Packet};
+use super::incoming::Incoming;
 use super::ports::HostPorts;
 use super::{GUEST_CID, HOST_CID};
 
@@ -108,41 +109,34 @@ impl Muxer {
     }
 
     /// Takes a packet of the guest.
-    pub(super) fn receive(&mut self, packet: &VsockPacket<'_, ()>) {
-        let key = Key { host: packet.dst_port(), guest: packet.src_port() };
-        if packet.src_cid() != GUEST_CID || packet.dst_cid() != HOST_CID || packet.type_() != TYPE_STREAM {
+    pub(super) fn receive(&mut self, packet: &Incoming<'_>) {
+        let key = Key { host: packet.destination_port, guest: packet.source_port };
+        if packet.source_cid != GUEST_CID || packet.destination_cid != HOST_CID || packet.kind != TYPE_STREAM {
             // Only a stream packet between the two of us can be of a connection.
-            if packet.op() != OP_RST {
+            if packet.op != OP_RST {
                 self.owe_reset(key);
             }
             return;
         }
-        if packet.op() == OP_REQUEST {
+        if packet.op == OP_REQUEST {
             self.open(key, packet);
             return;
         }
         let Some(connection) = self.connections.get_mut(&key) else {
-            if packet.op() != OP_RST {
+            if packet.op != OP_RST {
                 self.owe_reset(key);
             }
             return;
         };
-        connection.update_credit(packet.buf_alloc(), packet.fwd_cnt());
-        match packet.op() {
-            OP_RW => {
-                if let Some(data) = packet.data_slice() {
-                    connection.receive(data);
-                }
-            }
+        connection.update_credit(packet.credit, packet.forwarded);
+        match packet.op {
+            OP_RW => connection.receive(&packet.data),
             OP_SHUTDOWN => {
-                let flags = packet.flags();
-                connection.shut_down(flags & SHUTDOWN_SEND != 0, flags & SHUTDOWN_RECEIVE != 0);
+                connection.shut_down(packet.flags & SHUTDOWN_SEND != 0, packet.flags & SHUTDOWN_RECEIVE != 0);
             }
-            OP_RST => {
-                // What was sent before is still delivered. Linux resets 8 s after a close that was not answered, and a
-                // receiver may be slower than that.
-                connection.forget_guest();
-            }
+            // What was sent before is still delivered. Linux resets 8 s after a close that was not answered, and a
+            // receiver may be slower than that.
+            OP_RST => connection.forget_guest(),
             OP_CREDIT_REQUEST => connection.request_credit_update(),
             OP_CREDIT_UPDATE => {}
             _ => {
@@ -188,7 +182,7 @@ impl Muxer {
         None
     }
 
-    fn open(&mut self, key: Key, packet: &VsockPacket<'_, ()>) {
+    fn open(&mut self, key: Key, packet: &Incoming<'_>) {
         if self.connections.contains_key(&key) || self.connections.len() >= CONNECTIONS_MAX {
             self.owe_reset(key);
             return;
@@ -205,7 +199,7 @@ impl Muxer {
             return;
         }
         let mut connection = Connection::new(stream);
-        connection.update_credit(packet.buf_alloc(), packet.fwd_cnt());
+        connection.update_credit(packet.credit, packet.forwarded);
         list(&mut self.listed, key, &mut connection);
         self.connections.insert(key, connection);
     }

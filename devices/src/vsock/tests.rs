@@ -44,13 +44,15 @@ fn packet(op: u16) -> Packet {
 struct Guest {
     driver: Driver,
     ports: HostPorts,
+    /// The length of the buffers that data is cut into.
+    piece: usize,
 }
 
 impl Guest {
     fn new() -> Self {
         let ports = HostPorts::default();
         let device = Vsock::new(ports.clone()).unwrap();
-        Self { driver: Driver::new(Box::new(device)).start(), ports }
+        Self { driver: Driver::new(Box::new(device)).start(), ports, piece: 64 << 10 }
     }
 
     /// A guest with one open connection, and the host's end of it.
@@ -80,8 +82,12 @@ impl Guest {
         self.driver.memory.write_slice(&header, GuestAddress(TX)).unwrap();
         self.driver.memory.write_slice(&packet.data, GuestAddress(TX + 0x100)).unwrap();
         let mut chain = vec![Buffer { address: TX, length: HEADER, writable: false }];
-        if !packet.data.is_empty() {
-            chain.push(Buffer { address: TX + 0x100, length: packet.data.len() as u32, writable: false });
+        // As Linux does with large packets: a buffer a page, up to what the ring has places for.
+        let piece = self.piece.max(packet.data.len().div_ceil(8));
+        let mut at = TX + 0x100;
+        for part in packet.data.chunks(piece.max(1)) {
+            chain.push(Buffer { address: at, length: part.len() as u32, writable: false });
+            at += part.len() as u64;
         }
         self.driver.offer(TRANSMIT, &chain);
         self.driver.device.dispatch(Event::Queue(TRANSMIT as u16));
@@ -143,6 +149,26 @@ fn bytes_go_both_ways() {
     host.write_all(b"from the host").unwrap();
     let received = guest.receive().unwrap();
     assert_eq!((received.op, received.data.as_slice(), received.forwarded), (DATA, &b"from the host"[..], 14));
+}
+
+#[test]
+fn a_packet_may_come_in_pieces() {
+    let (mut guest, mut host) = Guest::connected();
+    guest.piece = 4096;
+    let data: Vec<u8> = (0..60_000u32).map(|i| (i % 249) as u8).collect();
+    guest.send(&Packet { data: data.clone(), ..packet(DATA) });
+    let mut bytes = vec![0; data.len()];
+    host.read_exact(&mut bytes).unwrap();
+    assert_eq!(bytes, data);
+}
+
+#[test]
+fn a_packet_that_claims_more_than_it_has_breaks_the_device() {
+    let (mut guest, _host) = Guest::connected();
+    guest.driver.memory.write_obj(5000u32, GuestAddress(TX + 24)).unwrap();
+    guest.driver.offer(TRANSMIT, &[Buffer { address: TX, length: HEADER + 100, writable: false }]);
+    guest.driver.device.dispatch(Event::Queue(TRANSMIT as u16));
+    assert_ne!(guest.driver.read(0x70) & 0x40, 0);
 }
 
 #[test]
@@ -244,7 +270,7 @@ fn a_port_can_be_a_unix_socket() {
     let folder = tempfile::tempdir().unwrap();
     let listener = std::os::unix::net::UnixListener::bind(folder.path().join("v_1024")).unwrap();
     let device = Vsock::new(HostPorts::new(Some(folder.path().join("v")))).unwrap();
-    let mut guest = Guest { driver: Driver::new(Box::new(device)).start(), ports: HostPorts::default() };
+    let mut guest = Guest { driver: Driver::new(Box::new(device)).start(), ports: HostPorts::default(), piece: 1 };
     guest.send(&packet(REQUEST));
     let (mut host, _) = listener.accept().unwrap();
     assert_eq!(guest.receive().unwrap().op, RESPONSE);
