@@ -12,7 +12,7 @@ use std::io;
 use std::ptr::null_mut;
 
 use devices::GuestMemory;
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous};
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 use thiserror::Error;
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion, ReadVolatile,
@@ -108,10 +108,6 @@ pub fn load(memory: &GuestMemory, file: &File, offset: u64, address: u64, length
         // reached through volatile accesses, so that replacing its content is no different from a write by the guest.
         unsafe { mmap(start.cast(), size, protection, flags, file, offset + (first - address)) }
             .map_err(|error| MemoryError::Map(error.into()))?;
-        // With the pages in place, the guest's first access to each is one fault of the cheap kind. Kernels before 5.14
-        // do not know how, and fill them in as they are needed.
-        // SAFETY: filling in pages of a mapping changes nothing that can be seen.
-        let _ = unsafe { madvise(start.cast(), size, Advice::LinuxPopulateRead) };
     }
     Ok(())
 }
