@@ -69,7 +69,7 @@ pub enum MachineError {
         source: kernel::KernelError,
     },
     /// The initial RAM file system cannot be loaded.
-    #[error("the initial RAM file system {} does not fit: it has {length} bytes", path.display())]
+    #[error("cannot place the {length} bytes of the initial RAM file system {}: it is empty, or larger than the VM", path.display())]
     Initramfs {
         /// Its path.
         path: PathBuf,
@@ -224,16 +224,16 @@ fn load_initramfs(guest: &GuestMemory, path: &Path, kernel_end: u64) -> Result<(
     let length = metadata
         .map_err(|source| MachineError::Open { what: "the initial RAM file system", path: path.to_owned(), source })?
         .len();
-    let too_long = || MachineError::Initramfs { path: path.to_owned(), length };
+    let misfit = || MachineError::Initramfs { path: path.to_owned(), length };
     let low_end = guest.iter().next().map_or(0, GuestMemoryRegion::len);
-    let address = low_end.checked_sub(length).map(|address| address - address % PAGE).ok_or_else(too_long)?;
-    if address < kernel_end {
-        return Err(too_long());
+    let address = low_end.checked_sub(length).map(|address| address - address % PAGE).ok_or_else(misfit)?;
+    if length == 0 || address < kernel_end {
+        return Err(misfit());
     }
     memory::load(guest, &file, 0, address, length)?;
     match (u32::try_from(address), u32::try_from(length)) {
         (Ok(address), Ok(length)) => Ok((address, length)),
-        _ => Err(too_long()),
+        _ => Err(misfit()),
     }
 }
 
