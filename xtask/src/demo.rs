@@ -23,7 +23,12 @@ pub fn demo() -> Result<ExitCode> {
     debian::setup()?;
     build::build()?;
     let layout = paths::target().join("demo/busybox");
-    image(&layout)?;
+    if !layout.join("index.json").exists() {
+        paths::make_folder(&paths::target().join("demo"))?;
+        let root = tempfile::Builder::new().prefix(".root-").tempdir_in(paths::target().join("demo"))?;
+        busybox_tree(root.path())?;
+        self::layout(root.path(), &layout)?;
+    }
     let program = paths::release().join("cofferdam");
     let mut reference = OsString::from("oci:");
     reference.push(&layout);
@@ -54,16 +59,11 @@ pub fn kvm_runs_guests() -> bool {
     output.status.success() && mips.is_some_and(|mips| mips >= MIPS_ENOUGH)
 }
 
-/// Writes an OCI image layout with one layer: busybox and its names. Left alone when it is there already.
-fn image(layout: &Path) -> Result<()> {
-    if layout.join("index.json").exists() {
-        return Ok(());
-    }
+/// Writes an OCI image layout whose image `latest` has one layer: the file tree `root`.
+pub fn layout(root: &Path, layout: &Path) -> Result<()> {
     let parent = layout.parent().context("the layout has a folder")?;
-    paths::make_folder(parent)?;
     let staged = tempfile::Builder::new().prefix(".image-").tempdir_in(parent).context("cannot create a folder")?;
-    let (root, image) = (staged.path().join("root"), staged.path().join("image"));
-    busybox_tree(&root)?;
+    let image = staged.path().join("image");
     paths::make_folder(&image.join("blobs/sha256"))?;
 
     let tar = staged.path().join("layer.tar");
@@ -73,7 +73,7 @@ fn image(layout: &Path) -> Result<()> {
         .arg("--file")
         .arg(&tar)
         .arg("--directory")
-        .arg(&root)
+        .arg(root)
         .arg("."))?;
     let layer = fs::read(&tar).with_context(|| format!("cannot read {}", tar.display()))?;
     let layer = blob(&image, "application/vnd.oci.image.layer.v1.tar", &layer)?;
@@ -98,7 +98,7 @@ fn image(layout: &Path) -> Result<()> {
 }
 
 /// A file tree with busybox under every name that it answers to.
-fn busybox_tree(root: &Path) -> Result<()> {
+pub fn busybox_tree(root: &Path) -> Result<()> {
     for folder in ["bin", "etc", "root", "tmp", "usr/bin", "var"] {
         paths::make_folder(&root.join(folder))?;
     }

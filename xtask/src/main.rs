@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bench;
 mod build;
 mod command;
 mod cpio;
@@ -54,10 +55,15 @@ enum Task {
     },
     /// Check format, lints and structure
     Check,
+    /// Measure
+    Bench(bench::BenchArgs),
     /// Check the structure of the tree
     Tidy,
     /// Check licences and sources of dependencies
     Deny,
+    /// Measure what a prepared root holds, and leave the result in a folder
+    #[command(hide = true)]
+    BenchMeasure(bench::MeasureArgs),
     /// Inside the lab: pass standard input on to a port and print how many bytes that were
     #[command(hide = true)]
     LabRelay {
@@ -84,6 +90,8 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Test { filters } => return test::test(&filters),
         Task::E2e { filters } => return test::e2e(&filters),
         Task::Check => test::check()?,
+        Task::Bench(args) => return bench::bench(args),
+        Task::BenchMeasure(args) => bench::measure(&args)?,
         Task::Tidy => tidy::tidy()?,
         Task::Deny => test::deny()?,
         Task::LabRelay { port } => println!("{}", lab::relay(&port)?),
