@@ -98,8 +98,6 @@ pub fn load(memory: &GuestMemory, file: &File, offset: u64, address: u64, length
     if address % PAGE != offset % PAGE || first >= last {
         (first, last) = (end, end);
     }
-    read(memory, file, offset, address, first.min(end) - address)?;
-    read(memory, file, offset + (last - address), last, end - last)?;
     if first < last {
         let start = region.as_ptr().wrapping_add(usize::try_from(first - region.start_addr().0).unwrap_or(usize::MAX));
         let size = usize::try_from(last - first).unwrap_or(usize::MAX);
@@ -109,6 +107,9 @@ pub fn load(memory: &GuestMemory, file: &File, offset: u64, address: u64, length
         unsafe { mmap(start.cast(), size, protection, flags, file, offset + (first - address)) }
             .map_err(|error| MemoryError::Map(error.into()))?;
     }
+    // Read last: what surrounds the mapped pages is then too small for a huge page, which would be zeroed as a whole.
+    read(memory, file, offset, address, first.min(end) - address)?;
+    read(memory, file, offset + (last - address), last, end - last)?;
     Ok(())
 }
 
