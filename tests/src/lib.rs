@@ -1,1 +1,23 @@
-//! placeholder
+//! What the end-to-end tests stand on: images made from Debian packages, a registry to pull them from, and the
+//! `cofferdam` command run in a place of its own that must be empty afterwards.
+
+#![forbid(unsafe_code)]
+
+pub mod images;
+pub mod layer;
+pub mod layout;
+pub mod process;
+pub mod pty;
+pub mod registry;
+pub mod sandbox;
+
+/// Names the folder that `cargo xtask e2e` has prepared for the tests.
+pub const FOLDER_VARIABLE: &str = "COFFERDAM_E2E";
+/// Names the folder with the programs to test, the guest kernel and the initramfs.
+pub const PROGRAMS_VARIABLE: &str = "COFFERDAM_BIN";
+/// In the prepared folder: a store that holds all images already.
+pub const STORE: &str = "store";
+/// In the prepared folder: the storage of a registry that holds all images.
+pub const STORAGE: &str = "registry";
+/// In the prepared folder: a JSON object from repositories to the references under which the store has them.
+pub const REFERENCES: &str = "references.json";

@@ -8,6 +8,7 @@ mod command;
 mod cpio;
 mod debian;
 mod demo;
+mod images;
 mod kernel;
 mod lab;
 mod paths;
@@ -35,6 +36,8 @@ enum Task {
     Setup,
     /// Build the guest kernel and print where it is
     Kernel,
+    /// Make the images that the end-to-end tests run and print where they are
+    Images,
     /// Run a command in an emulated machine whose /dev/kvm can run guests
     Lab(lab::LabArgs),
     /// Build everything into target/release
@@ -84,6 +87,7 @@ fn perform(task: Task) -> Result<ExitCode> {
     match task {
         Task::Setup => debian::setup()?,
         Task::Kernel => println!("{}", kernel::kernel()?.display()),
+        Task::Images => println!("{}", images::images()?.display()),
         Task::Lab(args) => return lab::run(&args),
         Task::Build => build::build()?,
         Task::Demo => return demo::demo(),

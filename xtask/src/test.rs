@@ -1,6 +1,6 @@
 //! `cargo xtask test`: everything that must hold before a change is accepted, cheapest first.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::build::cargo;
 use crate::command::run;
 use crate::lab::{self, LabArgs};
-use crate::{build, debian, demo, paths, tidy};
+use crate::{build, debian, demo, images, paths, tidy};
 
 /// The package whose tests boot guests.
 const E2E_PACKAGE: &str = "tests";
@@ -66,6 +66,7 @@ fn unit() -> Result<()> {
 /// Tests that boot guests: here when KVM can, else in the lab. The exit code is the last failing program's.
 pub fn e2e(filters: &[OsString]) -> Result<ExitCode> {
     let programs = step("end-to-end tests: compile", e2e_programs)?;
+    let environment = step("end-to-end tests: images", images::environment)?;
     let here = demo::kvm_runs_guests();
     if !here {
         eprintln!("test: /dev/kvm on this host cannot run guests: running the end-to-end tests in the lab");
@@ -74,7 +75,10 @@ pub fn e2e(filters: &[OsString]) -> Result<ExitCode> {
     let folder = paths::root().join(E2E_PACKAGE);
     let mut code = ExitCode::SUCCESS;
     for program in programs {
-        let mut command = vec![OsString::from(program)];
+        // The lab takes no other environment than this process's own.
+        let mut command = vec![OsString::from("/usr/bin/env")];
+        command.extend(environment.iter().map(|(name, value)| [name, OsStr::new("="), value].join(OsStr::new(""))));
+        command.push(program.into());
         command.extend_from_slice(filters);
         if here {
             let status = Command::new(&command[0]).args(&command[1..]).current_dir(&folder).status()?;
