@@ -30,7 +30,7 @@ fn children_cpu_us() -> Result<u64> {
     u64::try_from(total).context("CPU time is negative")
 }
 
-/// A contender that runs.
+/// A contender that runs; killed when it is dropped before its end.
 pub struct Running {
     /// Its process.
     pub child: Child,
@@ -98,5 +98,13 @@ impl Running {
         ensure!(status.success(), "{}: {status}", self.name);
         while let Ok(Some(_)) = wait(WaitOptions::empty()) {}
         Ok(Ended { at, cpu_us: children_cpu_us()?.saturating_sub(self.cpu_before_us) })
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Both do nothing when its end is known.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
