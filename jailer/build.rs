@@ -1,28 +1,18 @@
-//! Compiles `resources/seccomp/monitor.json` to classic BPF, so that a start costs no compilation and a policy that does
-//! not compile is a build that fails.
+//! Compiles `resources/seccomp/monitor.json` to one classic BPF program per kind of thread, so that a start costs no
+//! compilation and a policy that does not compile is a build that fails. What is not listed kills, unknown calls too.
 
 use std::fmt::Write as _;
 use std::path::Path;
-use std::{env, fs};
+use std::slice;
 
-use seccompiler::{BpfMap, TargetArch, compile_from_json};
-
-fn main() {
+fn main() -> anyhow::Result<()> {
     let policy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/seccomp/monitor.json");
     println!("cargo::rerun-if-changed={}", policy.display());
-    let json = fs::read(&policy).unwrap_or_else(|error| panic!("cannot read {}: {error}", policy.display()));
-    let filters: BpfMap = compile_from_json(json.as_slice(), TargetArch::x86_64)
-        .unwrap_or_else(|error| panic!("{} does not compile: {error}", policy.display()));
+    println!("cargo::rerun-if-changed=build.rs");
     let mut source = String::new();
-    for (name, program) in &filters {
-        writeln!(source, "static {}: &[sock_filter] = &[", name.to_uppercase()).expect("a string takes any text");
-        for i in program {
-            let (code, jt, jf, k) = (i.code, i.jt, i.jf, i.k);
-            writeln!(source, "    sock_filter {{ code: {code}, jt: {jt}, jf: {jf}, k: {k} }},")
-                .expect("a string takes any text");
-        }
-        source.push_str("];\n");
+    for (name, linear) in filter::compile(&policy)? {
+        let program = filter::source(&filter::search(slice::from_ref(&linear), None)?);
+        writeln!(source, "static {}: &[sock_filter] = &{};", name.to_uppercase(), program.trim_end())?;
     }
-    let path = Path::new(&env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("monitor.rs");
-    fs::write(&path, source).unwrap_or_else(|error| panic!("cannot write {}: {error}", path.display()));
+    Ok(filter::write("monitor.rs", &source)?)
 }
