@@ -141,7 +141,9 @@ impl Running {
         let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
         children
             .split_whitespace()
-            .find(|child| fs::read_to_string(format!("/proc/{child}/comm")).is_ok_and(|name| name.trim() == "cofferdam-vmm"))
+            .find(|child| {
+                fs::read_to_string(format!("/proc/{child}/comm")).is_ok_and(|name| name.trim() == "cofferdam-vmm")
+            })
             .and_then(|child| child.parse().ok())
     }
 

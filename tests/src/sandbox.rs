@@ -147,7 +147,9 @@ impl Sandbox {
     #[must_use]
     pub fn run(&self, flags: &[&str], image: &str, words: &[&str]) -> Invocation {
         let reference = if image.contains(':') { image.to_owned() } else { Self::reference(image) };
-        self.cofferdam(["run", "--rm"].iter().chain(flags).copied().chain([reference.as_str()]).chain(words.iter().copied()))
+        self.cofferdam(
+            ["run", "--rm"].iter().chain(flags).copied().chain([reference.as_str()]).chain(words.iter().copied()),
+        )
     }
 
     /// The name under which the shared store has an image.

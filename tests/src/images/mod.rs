@@ -43,12 +43,7 @@ pub const SPARSE_SIZE: u64 = 64 << 20;
 /// What tells one edition of the images from another: their recipes.
 #[must_use]
 pub fn key() -> String {
-    let recipes = [
-        include_str!("mod.rs"),
-        DEBIAN_HOOK,
-        include_str!("../layer.rs"),
-        include_str!("../layout.rs"),
-    ];
+    let recipes = [include_str!("mod.rs"), DEBIAN_HOOK, include_str!("../layer.rs"), include_str!("../layout.rs")];
     let mut hash = Sha256::new();
     for recipe in recipes {
         hash.update(recipe.len().to_le_bytes());
@@ -202,7 +197,10 @@ fn debian_layers(folder: &Path) -> Result<()> {
     let quoted = |path: &Path| format!("'{}'", path.display().to_string().replace('\'', "'\\''"));
     let status = Command::new("mmdebstrap")
         .args(["--variant=minbase", "--format=null", "--quiet"])
-        .args(["doc", "man", "locale", "info", "lintian"].map(|name| format!("--dpkgopt=path-exclude=/usr/share/{name}/*")))
+        .args(
+            ["doc", "man", "locale", "info", "lintian"]
+                .map(|name| format!("--dpkgopt=path-exclude=/usr/share/{name}/*")),
+        )
         .arg(format!("--customize-hook=sh {} \"$1\" {} >&2", quoted(&hook), quoted(folder)))
         .args(["bookworm", "-"])
         .arg(&sources)

@@ -79,7 +79,8 @@ fn layers_become_one_tree() {
 #[test]
 fn layers_on_debian_become_one_tree() {
     let sandbox = Sandbox::new();
-    let script = layers_script() + "; getfattr -n user.note /opt/attribute 2>/dev/null | grep -c hello; \
+    let script = layers_script()
+        + "; getfattr -n user.note /opt/attribute 2>/dev/null | grep -c hello; \
         python3 -c 'import os; print(os.getxattr(\"/opt/attribute\", \"user.note\"), \
         os.getxattr(\"/opt/capable\", \"security.capability\").hex())'";
     let ended = sandbox.run(&[], "debian", &["sh", "-c", &script]).end();

@@ -55,7 +55,11 @@ fn a_reader_that_goes_away_ends_the_writer() {
     let ended = sandbox.program("sh", ["-c", script, &Sandbox::reference("busybox")]).end();
     // 141: busybox's yes was ended by SIGPIPE; 1: it was told that nobody reads.
     assert_eq!(ended.text(), "y\ny\n");
-    assert!(["141\n", "1\n"].contains(&ended.stderr.lines().last().map(|line| format!("{line}\n")).unwrap_or_default().as_str()), "{ended:?}");
+    assert!(
+        ["141\n", "1\n"]
+            .contains(&ended.stderr.lines().last().map(|line| format!("{line}\n")).unwrap_or_default().as_str()),
+        "{ended:?}"
+    );
 }
 
 #[test]
@@ -73,7 +77,9 @@ fn a_long_output_takes_no_memory() {
     running.write("end\n");
     let ended = running.end();
     assert_eq!((ended.code(), ended.written, ended.stderr.as_str()), (0, (mib << 20) + 4, ""));
-    eprintln!("{mib} MiB through standard output: monitor {monitor_kib} KiB beside the guest, command {command_kib} KiB");
+    eprintln!(
+        "{mib} MiB through standard output: monitor {monitor_kib} KiB beside the guest, command {command_kib} KiB"
+    );
     assert!(monitor_kib < 16 << 10, "the monitor took {monitor_kib} KiB");
     assert!(command_kib < 24 << 10, "the command took {command_kib} KiB");
 }

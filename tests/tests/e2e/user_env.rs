@@ -8,7 +8,8 @@ fn the_environment_is_the_images_and_what_was_added() {
     let file = sandbox.files().join("variables");
     std::fs::write(&file, "# a comment\nFROM_FILE=file value\nFROM_HOST\n").unwrap();
     let flags = ["-e", "ADDED=a=b c", "-e", "CHANGED=run", "-e", "INHERITED", "-e", "NOWHERE", "--env-file"];
-    let flags: Vec<&str> = flags.into_iter().chain([file.to_str().unwrap(), "-h", "box", "--entrypoint", "env"]).collect();
+    let flags: Vec<&str> =
+        flags.into_iter().chain([file.to_str().unwrap(), "-h", "box", "--entrypoint", "env"]).collect();
     let ended = sandbox.run(&flags, "defaults", &[]).env("INHERITED", "host").env("FROM_HOST", "host").end();
     let mut lines: Vec<&str> = ended.succeeded().lines().collect();
     lines.sort_unstable();
@@ -56,7 +57,8 @@ fn groups_sorted(id: &str) -> (String, Vec<String>) {
 #[test]
 fn groups_can_be_added() {
     let sandbox = Sandbox::new();
-    let ended = sandbox.run(&["-u", "1000:1000", "--group-add", "staff", "--group-add", "99"], "busybox", &["id", "-G"]).end();
+    let ended =
+        sandbox.run(&["-u", "1000:1000", "--group-add", "staff", "--group-add", "99"], "busybox", &["id", "-G"]).end();
     let mut groups: Vec<&str> = ended.succeeded().split_whitespace().collect();
     groups.sort_unstable();
     assert_eq!(groups, ["1000", "50", "99"]);
