@@ -10,6 +10,8 @@ use rustix::io::Errno;
 /// The most steps, of directories and of symbolic links, in making a path that is not there yet. The kernel's limits
 /// for what is there are 40 links and 4096 bytes.
 const STEPS_MAX: usize = 128;
+/// How often a path is resolved again when something was renamed or mounted meanwhile, anywhere on the machine.
+const RETRIES_MAX: usize = 1000;
 
 /// What to make where a path is not there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,7 +88,17 @@ impl Root {
 
     fn open(&self, path: &str, flags: OFlags) -> Result<OwnedFd, Errno> {
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-        fs::openat2(&self.0, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve)
+        let attempt = || fs::openat2(&self.0, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve);
+        let mut result = attempt();
+        for _ in 0..RETRIES_MAX {
+            // Somewhere something was renamed or mounted while the path went up, and the kernel cannot tell whether it
+            // left the root.
+            if result.as_ref().err() != Some(&Errno::AGAIN) {
+                break;
+            }
+            result = attempt();
+        }
+        result
     }
 }
 
