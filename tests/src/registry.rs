@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -14,10 +14,15 @@ use serde_json::Value;
 /// How long the registry may take to listen. Emulated machines are slow to load a program of its size.
 const START_LIMIT: Duration = Duration::from_secs(60);
 
+/// How much of what the registry says before it listens is kept, in bytes.
+const SAID_MAX: usize = 4096;
+
 /// A running registry. Dropping it ends it.
 pub struct Registry {
     process: Child,
     address: String,
+    /// Reads what it says, and gives the paths that were asked for.
+    log: Option<JoinHandle<Vec<String>>>,
 }
 
 impl Registry {
@@ -44,21 +49,8 @@ impl Registry {
             .context("cannot start docker-registry: install Debian's package of this name")?;
         let stderr = process.stderr.take().context("docker-registry has no standard error")?;
         let (sender, address) = mpsc::channel();
-        thread::spawn(move || {
-            let mut said = String::new();
-            for line in BufReader::new(stderr).lines() {
-                let Ok(line) = line else { break };
-                // What comes after the address is only read so that the registry can go on writing.
-                if let Some(address) = listening(&line) {
-                    let _ = sender.send(Ok(address));
-                } else if said.len() < 4096 {
-                    said.push_str(&line);
-                    said.push('\n');
-                }
-            }
-            let _ = sender.send(Err(said));
-        });
-        let mut registry = Self { process, address: String::new() };
+        let log = thread::spawn(move || follow(stderr, &sender));
+        let mut registry = Self { process, address: String::new(), log: Some(log) };
         match address.recv_timeout(START_LIMIT) {
             Ok(Ok(address)) => registry.address = address,
             Ok(Err(said)) => bail!("docker-registry ended: {said}"),
@@ -71,6 +63,17 @@ impl Registry {
     #[must_use]
     pub fn address(&self) -> &str {
         &self.address
+    }
+
+    /// Ends the registry, and gives the path of every request that it has answered, in order.
+    ///
+    /// # Panics
+    /// The thread that reads its log has panicked.
+    #[must_use]
+    pub fn end(mut self) -> Vec<String> {
+        let log = self.log.take();
+        drop(self);
+        log.map(|log| log.join().expect("the log was read")).unwrap_or_default()
     }
 
     /// Copies the image that a layout has under the tag `image` to the repository `name`, under the tag `tag`.
@@ -126,6 +129,31 @@ impl Drop for Registry {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+/// Reads what the registry says to its end: first the address, or what it says instead of one.
+fn follow(stderr: impl Read, address: &mpsc::Sender<Result<String, String>>) -> Vec<String> {
+    let (mut said, mut requests) = (String::new(), Vec::new());
+    for line in BufReader::new(stderr).lines() {
+        let Ok(line) = line else { break };
+        if let Some(listening) = listening(&line) {
+            // Nobody listens after the time for a start is over.
+            let _ = address.send(Ok(listening));
+        } else if let Some(path) = request(&line) {
+            requests.push(path);
+        } else if said.len() < SAID_MAX {
+            said.push_str(&line);
+            said.push('\n');
+        }
+    }
+    let _ = address.send(Err(said));
+    requests
+}
+
+/// The path in the line that says that a request was answered.
+fn request(line: &str) -> Option<String> {
+    let rest = line.split_once("response completed")?.1.split_once("http.request.uri=")?.1;
+    Some(rest.split(' ').next().unwrap_or(rest).trim_matches('"').to_owned())
 }
 
 /// The address in the line that says where the registry listens.

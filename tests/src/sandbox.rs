@@ -15,6 +15,7 @@ use std::thread;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::images::TAG;
 use crate::process::Invocation;
 use crate::registry::Registry;
 use crate::{FOLDER_VARIABLE, PROGRAMS_VARIABLE, REFERENCES, STORAGE, STORE};
@@ -65,6 +66,17 @@ fn prepared() -> &'static Prepared {
 #[must_use]
 pub fn registry() -> Registry {
     Registry::start(&prepared().folder.join(STORAGE)).unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+/// The digest of a repository's image, from where the registry keeps it (its `PathSpec` names the places).
+///
+/// # Panics
+/// The registry does not have it.
+#[must_use]
+pub fn manifest_digest(repository: &str) -> String {
+    let tag = format!("docker/registry/v2/repositories/{repository}/_manifests/tags/{TAG}/current/link");
+    let path = prepared().folder.join(STORAGE).join(tag);
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("cannot read {}: {error}", path.display()))
 }
 
 /// A place for one test. Dropping it checks that nothing is left in it, unless the test has failed already.

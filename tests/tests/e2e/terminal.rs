@@ -17,20 +17,21 @@ fn the_container_has_a_terminal_that_follows_the_callers_size() {
 #[test]
 fn keys_go_to_the_container_alone() {
     let sandbox = Sandbox::new();
-    let script = "trap 'echo interrupted' INT; echo ready; read line; read line; echo \"<$line>\"; exit 6";
+    let script = "trap 'echo interrupted' INT; echo ready; until [ \"$line\" = right ]; do read line; done; echo \"<$line>\"; exit 6";
     let mut running = sandbox.run(&["-it"], "busybox", &["sh", "-c", script]).start_on_terminal(24, 80);
     let before = running.terminal().settings().unwrap();
     running.wait_for("ready\r\n");
     // Ctrl-C must interrupt the program in the container, not `cofferdam`; the line editing is the container's, too.
     running.write("\x03");
     running.wait_for("interrupted\r\n");
-    running.write("\nwrong\x15right\n");
+    running.write("wrong\x15right\n");
     let terminal = running.terminal().try_clone().unwrap();
     let ended = running.end();
     assert!(ended.text().contains("<right>\r\n"), "{:?}", ended.text());
     assert_eq!(ended.code(), 6);
     let after = terminal.settings().unwrap();
-    let modes = |settings: &rustix::termios::Termios| (settings.local_modes, settings.input_modes, settings.output_modes);
+    let modes =
+        |settings: &rustix::termios::Termios| (settings.local_modes, settings.input_modes, settings.output_modes);
     assert_eq!(modes(&before), modes(&after), "the terminal was left changed");
 }
 
@@ -40,7 +41,7 @@ fn a_shell_on_a_terminal_ends_with_its_input() {
     let mut running = sandbox.run(&["-it", "-e", "PS1=$ "], "busybox", &[]).start_on_terminal(24, 80);
     running.wait_for("$ ");
     running.write("test -t 0 && test -t 1 && test -t 2 && echo all\n");
-    running.wait_for("\nall\r\n");
+    running.wait_for("\nall\r\n$ ");
     running.write("\x04");
     assert_eq!(running.end().code(), 0);
 }
