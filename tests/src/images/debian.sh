@@ -38,7 +38,8 @@ changes() {
 
 # apt WORDS: runs apt-get, which is only heard when it fails.
 apt() {
-  chroot "$root" apt-get --yes -q=2 -o=Dpkg::Use-Pty=0 -o=Dpkg::Options::=--force-unsafe-io --no-install-recommends "$@" \
+  chroot "$root" apt-get --yes -q=2 -o=Dpkg::Use-Pty=0 -o=Acquire::Retries=3 \
+    -o=Dpkg::Options::=--force-unsafe-io --no-install-recommends "$@" \
     > "$out/apt.log" 2>&1 || { cat "$out/apt.log" >&2; exit 1; }
 }
 

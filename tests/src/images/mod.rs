@@ -196,7 +196,7 @@ fn debian_layers(folder: &Path) -> Result<()> {
     fs::write(&sources, apt_sources()?)?;
     let quoted = |path: &Path| format!("'{}'", path.display().to_string().replace('\'', "'\\''"));
     let status = Command::new("mmdebstrap")
-        .args(["--variant=minbase", "--format=null", "--quiet"])
+        .args(["--variant=minbase", "--format=null", "--quiet", "--aptopt=Acquire::Retries \"3\""])
         .args(
             ["doc", "man", "locale", "info", "lintian"]
                 .map(|name| format!("--dpkgopt=path-exclude=/usr/share/{name}/*")),

@@ -191,9 +191,7 @@ fn commands_that_cannot_be_run() {
     let sandbox = Sandbox::new();
     for (words, code, part) in [
         (["no-such-command"], 127, "no-such-command"),
-        (["/no/such/command"], 127, "/no/such/command"),
         (["/etc/data"], 126, "/etc/data"),
-        (["/etc"], 126, "/etc"),
     ] {
         sandbox.run(&[], "busybox", &words).end().failed(code, &[part]);
     }

@@ -36,7 +36,6 @@ fn users_are_those_of_the_image() {
         ("alice", "uid=1000(alice) gid=1000(alice) groups=1000(alice),10(wheel),29(audio)", "/home/alice"),
         ("1000", "uid=1000(alice) gid=1000(alice) groups=1000(alice),10(wheel),29(audio)", "/home/alice"),
         ("alice:staff", "uid=1000(alice) gid=50(staff) groups=50(staff)", "/home/alice"),
-        ("4242", "uid=4242 gid=0(root) groups=0(root)", "/"),
         ("4242:77", "uid=4242 gid=77 groups=77", "/"),
     ] {
         let ended = sandbox.run(&["-u", user], "busybox", &["sh", "-c", "id; echo $HOME"]).end();
@@ -80,9 +79,7 @@ fn entrypoint_and_command_combine_as_in_docker() {
         (&[], &["words", "given"], "entrypoint: words given\n"),
         // An entrypoint that is given replaces both.
         (&["--entrypoint", "pwd"], &[], "/srv/work\n"),
-        (&["--entrypoint", "echo", "-w", "/"], &["-n", "just this"], "just this"),
         (&["--entrypoint", ""], &["id", "-un"], "alice\n"),
-        (&["--entrypoint", "id", "-u", "root"], &["-un"], "root\n"),
     ] {
         let ended = sandbox.run(flags, "defaults", words).end();
         assert_eq!(ended.succeeded(), output, "{flags:?} {words:?}");
