@@ -74,9 +74,9 @@ pub enum SessionError {
     /// The connection failed.
     #[error("cannot talk to the guest's agent")]
     Io(#[source] io::Error),
-    /// The guest ended before its container did.
-    #[error("the guest ended before the container did")]
-    GuestEnded,
+    /// The guest ended before the container did.
+    #[error("the guest ended before {0}")]
+    GuestEnded(&'static str),
 }
 
 impl SessionError {
@@ -175,10 +175,10 @@ impl Session {
     fn read_agent(&mut self, decoder: &mut Decoder) -> Result<Option<Outcome>, SessionError> {
         let mut bytes = [0; 4096];
         match self.agent.read(&mut bytes) {
-            Ok(0) => return Err(SessionError::GuestEnded),
+            Ok(0) => return Err(self.guest_ended()),
             Ok(count) => decoder.push(&bytes[..count]),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(SessionError::GuestEnded),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(self.guest_ended()),
             Err(error) => return Err(SessionError::Io(error)),
         }
         while let Some(message) = decoder.take().map_err(SessionError::Frame)? {
@@ -187,6 +187,15 @@ impl Session {
             }
         }
         Ok(None)
+    }
+
+    fn guest_ended(&self) -> SessionError {
+        SessionError::GuestEnded(match self.state {
+            State::Waiting => "its agent reported",
+            State::Creating => "the container was created",
+            State::Starting => "the container was started",
+            State::Running => "the container did",
+        })
     }
 
     fn hear(&mut self, message: FromAgent) -> Result<Option<Outcome>, SessionError> {
@@ -433,8 +442,8 @@ mod tests {
 
     #[test]
     fn a_guest_that_ends_early_is_told_from_a_container_that_does() {
-        assert!(matches!(failure(outcome(&[])), SessionError::GuestEnded));
-        assert!(matches!(failure(outcome(&[hello(), reply(CREATE)])), SessionError::GuestEnded));
+        assert!(matches!(failure(outcome(&[])), SessionError::GuestEnded(_)));
+        assert!(matches!(failure(outcome(&[hello(), reply(CREATE)])), SessionError::GuestEnded(_)));
     }
 
     /// A session with a front end, and both other ends.

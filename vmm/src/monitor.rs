@@ -234,7 +234,7 @@ fn session_outcome(ended: &Receiver<End>) -> Outcome {
             Ok(End::Session(outcome)) => return outcome,
             // Other vCPUs stop when the first one does.
             Ok(End::Guest(_)) => {}
-            Err(_) => return Outcome::Failed(SessionError::GuestEnded),
+            Err(_) => return Outcome::Failed(SessionError::GuestEnded("the session did")),
         }
     }
 }
