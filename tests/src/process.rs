@@ -168,9 +168,14 @@ impl Running {
     /// Waits until the program has written `count` bytes to its standard output.
     ///
     /// # Panics
-    /// That does not happen before the output ends, or within [`LIMIT`].
+    /// That does not happen before the output ends, or within [`LIMIT`] and a second for each MiB.
     pub fn wait_for_bytes(&self, count: u64) {
-        assert!(self.stdout.wait(|state| state.total >= count), "fewer bytes than {count}: {}", self.said());
+        let limit = LIMIT + Duration::from_secs(count >> 20);
+        assert!(
+            self.stdout.wait_within(limit, |state| state.total >= count),
+            "fewer bytes than {count}: {}",
+            self.said()
+        );
     }
 
     /// Types on the terminal, or writes to the open input.
@@ -229,7 +234,7 @@ impl Running {
     fn said(&self) -> String {
         let end = |stream: &Stream| {
             let state = stream.lock();
-            let from = state.kept.len().saturating_sub(2000);
+            let from = state.kept.len().saturating_sub(600);
             String::from_utf8_lossy(&state.kept[from..]).into_owned()
         };
         format!("stdout: {:?}, stderr: {:?}", end(&self.stdout), end(&self.stderr))
@@ -346,9 +351,13 @@ impl Stream {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for a condition; whether it was met before the end of the stream and of the time.
     fn wait(&self, met: impl Fn(&StreamState) -> bool) -> bool {
-        let waiting = self.changed.wait_timeout_while(self.lock(), LIMIT, |state| !met(state) && !state.ended);
+        self.wait_within(LIMIT, met)
+    }
+
+    /// Waits for a condition; whether it was met before the end of the stream and of the time.
+    fn wait_within(&self, limit: Duration, met: impl Fn(&StreamState) -> bool) -> bool {
+        let waiting = self.changed.wait_timeout_while(self.lock(), limit, |state| !met(state) && !state.ended);
         let (state, _) = waiting.unwrap_or_else(PoisonError::into_inner);
         met(&state)
     }

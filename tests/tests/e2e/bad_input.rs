@@ -189,10 +189,7 @@ fn a_device_that_may_not_be_opened() {
 #[test]
 fn commands_that_cannot_be_run() {
     let sandbox = Sandbox::new();
-    for (words, code, part) in [
-        (["no-such-command"], 127, "no-such-command"),
-        (["/etc/data"], 126, "/etc/data"),
-    ] {
+    for (words, code, part) in [(["no-such-command"], 127, "no-such-command"), (["/etc/data"], 126, "/etc/data")] {
         sandbox.run(&[], "busybox", &words).end().failed(code, &[part]);
     }
     sandbox.run(&["-u", "nobody-here"], "busybox", &["true"]).end().failed(FAILED, &["nobody-here"]);
