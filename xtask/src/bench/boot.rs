@@ -69,9 +69,9 @@ impl Monitor {
         entry.map_or(Ok(()), Entry::arm)?;
         let mut running = process::spawn(&mut command)?;
         let began = running.began;
-        running.wait_readable(&listener)?;
+        running.wait_readable(&listener, "have its guest call")?;
         let (mut connection, _) = listener.accept().context("cannot accept the agent's connection")?;
-        running.wait_readable(&connection)?;
+        running.wait_readable(&connection, "pass the guest's first word on")?;
         let message = frame::read(&mut connection, frame::MAX_FROM_AGENT).context("the agent said no hello")?;
         let ready = now();
         let FromAgent::Hello(hello) = message else { bail!("the agent's first word was no hello") };

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Stdio;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::measure::Place;
@@ -16,16 +16,41 @@ use super::{probe, process, stage};
 /// The name of the monitor's process.
 const MONITOR: &str = "cofferdam-vmm";
 
-/// A mapping of a process; memory in KiB.
+/// A mapping of a process.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct Mapping {
     start: u64,
     end: u64,
+    /// Where in the file it begins.
+    offset: u64,
     file: String,
+    memory: Memory,
+}
+
+/// Memory in KiB.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Memory {
     resident: u64,
     proportional: u64,
     private: u64,
     anonymous: u64,
+}
+
+impl Memory {
+    /// Each of two memories' numbers, taken together.
+    fn with(self, other: Self, join: fn(u64, u64) -> u64) -> Self {
+        Self {
+            resident: join(self.resident, other.resident),
+            proportional: join(self.proportional, other.proportional),
+            private: join(self.private, other.private),
+            anonymous: join(self.anonymous, other.anonymous),
+        }
+    }
+
+    /// The same number everywhere.
+    fn all(kib: u64) -> Self {
+        Self { resident: kib, proportional: kib, private: kib, anonymous: kib }
+    }
 }
 
 /// Runs a container that waits, and looks at it.
@@ -53,18 +78,17 @@ fn look(place: &Place, front_end: u32) -> Result<Footprint> {
     let mappings = parse(&text);
     let memory_mib = memory_of_only_vm(&place.run.join("state"))?;
     let kernel = place.bench.join("vmlinux");
-    let guest = guest_memory(&mappings, memory_mib << 20, &kernel.to_string_lossy())?;
-    let (inside, outside): (Vec<&Mapping>, Vec<&Mapping>) =
-        mappings.iter().partition(|mapping| guest.0 <= mapping.start && mapping.end <= guest.1);
-    let sum = |of: &[&Mapping], what: fn(&Mapping) -> u64| of.iter().map(|mapping| what(mapping)).sum();
+    let image = fs::read(&kernel).with_context(|| format!("cannot read {}", kernel.display()))?;
+    let base = guest_base(&mappings, &kernel.to_string_lossy(), &image)?;
+    let (guest, outside) = divide(&mappings, base, base.saturating_add(memory_mib << 20));
     Ok(Footprint {
         vm_memory_mib: memory_mib,
-        monitor_private_kib: sum(&outside, |mapping| mapping.private),
-        monitor_anonymous_kib: sum(&outside, |mapping| mapping.anonymous),
-        monitor_proportional_kib: sum(&outside, |mapping| mapping.proportional),
-        monitor_resident_kib: sum(&outside, |mapping| mapping.resident),
-        guest_anonymous_kib: sum(&inside, |mapping| mapping.anonymous),
-        guest_resident_kib: sum(&inside, |mapping| mapping.resident),
+        monitor_private_kib: outside.private,
+        monitor_anonymous_kib: outside.anonymous,
+        monitor_proportional_kib: outside.proportional,
+        monitor_resident_kib: outside.resident,
+        guest_anonymous_kib: guest.anonymous,
+        guest_resident_kib: guest.resident,
         agent_resident_kib: 0,
     })
 }
@@ -101,15 +125,17 @@ fn parse(text: &str) -> Vec<Mapping> {
         let Some(first) = words.next() else { continue };
         if let Some((start, end)) = first.split_once('-') {
             let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16)) else { continue };
-            let file = words.nth(4).unwrap_or_default().to_owned();
-            mappings.push(Mapping { start, end, file, ..Mapping::default() });
+            let offset = words.nth(1).and_then(|word| u64::from_str_radix(word, 16).ok()).unwrap_or(0);
+            let file = words.nth(2).unwrap_or_default().to_owned();
+            mappings.push(Mapping { start, end, offset, file, memory: Memory::default() });
         } else if let Some(mapping) = mappings.last_mut() {
             let kib = words.next().and_then(|word| word.parse().ok()).unwrap_or(0);
+            let memory = &mut mapping.memory;
             match first {
-                "Rss:" => mapping.resident = kib,
-                "Pss:" => mapping.proportional = kib,
-                "Anonymous:" => mapping.anonymous = kib,
-                "Private_Clean:" | "Private_Dirty:" => mapping.private += kib,
+                "Rss:" => memory.resident = kib,
+                "Pss:" => memory.proportional = kib,
+                "Anonymous:" => memory.anonymous = kib,
+                "Private_Clean:" | "Private_Dirty:" => memory.private += kib,
                 _ => {}
             }
         }
@@ -117,23 +143,49 @@ fn parse(text: &str) -> Vec<Mapping> {
     mappings
 }
 
-/// Where guest memory is: the stretch of adjacent mappings that is exactly as long as the VM's memory and has the kernel
-/// in it.
-fn guest_memory(mappings: &[Mapping], size: u64, kernel: &str) -> Result<(u64, u64)> {
-    for (index, first) in mappings.iter().enumerate() {
-        let (mut end, mut has_kernel) = (first.start, false);
-        for mapping in &mappings[index..] {
-            if mapping.start != end || end - first.start >= size {
-                break;
+/// Where guest memory begins: as far before the first piece of the kernel as that piece's physical address says (ELF
+/// program headers, System V ABI "Program Loading").
+fn guest_base(mappings: &[Mapping], kernel: &str, image: &[u8]) -> Result<u64> {
+    let number = |at: usize, length: usize| -> Option<u64> {
+        let bytes = image.get(at..at.checked_add(length)?)?;
+        Some(bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte)))
+    };
+    let segments = || -> Option<Vec<[u64; 3]>> {
+        let (first, size, count) = (number(32, 8)?, number(54, 2)?, number(56, 2)?);
+        let starts = (0..count).map(|index| usize::try_from(first + index * size).ok());
+        starts
+            .map(|start| {
+                let start = start?;
+                // Type 1 is loaded; offset in the file, physical address and length there are told apart by place.
+                let length = if number(start, 4)? == 1 { number(start + 32, 8)? } else { 0 };
+                Some([number(start + 8, 8)?, number(start + 24, 8)?, length])
+            })
+            .collect()
+    };
+    let segments = segments().with_context(|| format!("{kernel} is no 64-bit ELF file"))?;
+    for mapping in mappings.iter().filter(|mapping| mapping.file == kernel) {
+        for [offset, address, length] in &segments {
+            let within = mapping.offset.checked_sub(*offset).filter(|within| within < length);
+            if let Some(base) = within.and_then(|within| mapping.start.checked_sub(address.checked_add(within)?)) {
+                return Ok(base);
             }
-            end = mapping.end;
-            has_kernel |= mapping.file == kernel;
-        }
-        if has_kernel && end - first.start == size {
-            return Ok((first.start, end));
         }
     }
-    anyhow::bail!("no mappings of the monitor add up to {} MiB with the kernel {kernel} in them", size >> 20)
+    bail!("the monitor has not mapped the kernel {kernel}")
+}
+
+/// The memory of the mappings inside a range and of those outside. Where the kernel has joined a mapping on each side of
+/// an end of the range, the pages count as outside as far as there is room for them.
+fn divide(mappings: &[Mapping], start: u64, end: u64) -> (Memory, Memory) {
+    let (mut inside, mut outside) = (Memory::default(), Memory::default());
+    for mapping in mappings {
+        let overlap = mapping.end.min(end).saturating_sub(mapping.start.max(start));
+        let room = Memory::all((mapping.end - mapping.start - overlap) / 1024);
+        let out = mapping.memory.with(room, u64::min);
+        outside = outside.with(out, |sum, more| sum + more);
+        inside = inside.with(mapping.memory.with(out, |all, out| all - out), |sum, more| sum + more);
+    }
+    (inside, outside)
 }
 
 #[cfg(test)]
@@ -142,19 +194,33 @@ mod tests {
 
     const SMAPS: &str = "\
         1000-3000 r-xp 00000000 00:01 7   /bench/cofferdam-vmm\n\
-        Rss:        8 kB\nPss:        4 kB\nPrivate_Clean:      4 kB\nPrivate_Dirty:      0 kB\n\
+        Rss:        8 kB\nPss:        4 kB\nPrivate_Clean:      4 kB\nPrivate_Dirty:      0 kB\nAnonymous:     0 kB\n\
         10000-12000 rw-p 00000000 00:00 0 \n\
-        Rss:        8 kB\nPss:        8 kB\nPrivate_Clean:      0 kB\nPrivate_Dirty:      8 kB\n\
+        Rss:        8 kB\nPss:        8 kB\nPrivate_Clean:      0 kB\nPrivate_Dirty:      8 kB\nAnonymous:     8 kB\n\
         12000-14000 rw-p 00001000 00:01 9   /k\n\
-        14000-15000 rw-p 00000000 00:00 0 \n";
+        14000-18000 rw-p 00000000 00:00 0 \n\
+        Rss:       12 kB\nPss:       12 kB\nPrivate_Clean:      0 kB\nPrivate_Dirty:     12 kB\nAnonymous:    12 kB\n";
+
+    /// An ELF file of one segment: 0x2000 bytes from 0x1000 at physical address 0x2000.
+    fn kernel() -> Vec<u8> {
+        let mut image = vec![0; 128];
+        (image[32], image[54], image[56]) = (64, 56, 1);
+        (image[64], image[64 + 9], image[64 + 25], image[64 + 33]) = (1, 0x10, 0x20, 0x20);
+        image
+    }
 
     #[test]
     fn guest_memory_is_told_from_the_monitors() {
         let mappings = parse(SMAPS);
         assert_eq!(mappings.len(), 4);
-        assert_eq!((mappings[0].private, mappings[0].proportional, mappings[1].private), (4, 4, 8));
-        assert_eq!(guest_memory(&mappings, 0x5000, "/k").unwrap(), (0x10000, 0x15000));
-        assert_eq!(guest_memory(&mappings, 0x3000, "/k").unwrap(), (0x12000, 0x15000));
-        assert!(guest_memory(&mappings, 0x2000, "/other").is_err());
+        assert_eq!(mappings[0].memory, Memory { resident: 8, proportional: 4, private: 4, anonymous: 0 });
+        assert_eq!(guest_base(&mappings, "/k", &kernel()).unwrap(), 0x10000);
+        assert!(guest_base(&mappings, "/other", &kernel()).is_err());
+        assert!(guest_base(&mappings, "/k", &[0; 10]).is_err());
+        // The last mapping has 4 KiB inside and 12 KiB outside.
+        let (inside, outside) = divide(&mappings, 0x10000, 0x15000);
+        assert_eq!((inside.private, outside.private), (8, 16));
+        let (inside, outside) = divide(&mappings, 0x10000, 0x17000);
+        assert_eq!((inside.anonymous, outside.anonymous), (16, 4));
     }
 }

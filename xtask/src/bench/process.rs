@@ -1,15 +1,18 @@
 //! Running one contender: its times and its CPU time.
 
 use std::io::Read as _;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Command};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike as _;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, WaitOptions, pidfd_open, set_child_subreaper, wait};
 use rustix::time::{ClockId, clock_gettime};
+
+/// How long a contender may take for a step; the slowest machine needs a part of it.
+const PATIENCE: Timespec = Timespec { tv_sec: 120, tv_nsec: 0 };
 
 /// CLOCK_MONOTONIC in nanoseconds.
 pub fn now() -> u64 {
@@ -60,10 +63,12 @@ pub fn spawn(command: &mut Command) -> Result<Running> {
 impl Running {
     /// Reads one byte from its standard output and gives the time at which it was there.
     pub fn first_byte(&mut self, expected: u8) -> Result<u64> {
-        let output = self.child.stdout.as_mut().context("the contender's output is not a pipe")?;
+        let mut output = self.child.stdout.take().context("the contender's output is not a pipe")?;
+        self.wait_readable(&output, "start its program")?;
         let mut byte = [0];
         let count = output.read(&mut byte).context("cannot read the contender's output")?;
         let at = now();
+        self.child.stdout = Some(output);
         if count == 0 {
             let status = self.child.wait()?;
             bail!("{} ended without a word: {status}", self.name);
@@ -72,32 +77,45 @@ impl Running {
         Ok(at)
     }
 
-    /// Waits until `fd` can be read; an error when the contender ends first.
-    pub fn wait_readable(&mut self, fd: impl AsFd) -> Result<()> {
-        let pid =
-            i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).context("a process id is out of range")?;
-        let process = pidfd_open(pid, PidfdFlags::empty()).context("cannot watch the contender")?;
+    /// Waits until `fd` can be read, which means that the contender did as `what` says; an error when it ends first.
+    pub fn wait_readable(&mut self, fd: impl AsFd, what: &str) -> Result<()> {
+        let process = self.watch()?;
         let mut watched = [PollFd::new(&fd, PollFlags::IN), PollFd::new(&process, PollFlags::IN)];
-        rustix::io::retry_on_intr(|| poll(&mut watched, None)).context("cannot wait for the contender")?;
+        self.wait(&mut watched, what)?;
         if watched[0].revents().is_empty() {
             let status = self.child.wait()?;
-            bail!("{} ended before its guest was ready: {status}", self.name);
+            bail!("{} did not {what}: {status}", self.name);
         }
         Ok(())
     }
 
     /// Waits for its end, which must be a success, and for the ends of all that it left behind.
     pub fn end(mut self) -> Result<Ended> {
+        let process = self.watch()?;
+        self.wait(&mut [PollFd::new(&process, PollFlags::IN)], "end")?;
+        let status = self.child.wait().with_context(|| format!("cannot wait for {}", self.name))?;
+        let at = now();
+        ensure!(status.success(), "{}: {status}", self.name);
         if let Some(mut output) = self.child.stdout.take() {
             let mut rest = Vec::new();
             output.read_to_end(&mut rest).context("cannot read the contender's output")?;
             ensure!(rest.is_empty(), "{} wrote more than its first byte", self.name);
         }
-        let status = self.child.wait().with_context(|| format!("cannot wait for {}", self.name))?;
-        let at = now();
-        ensure!(status.success(), "{}: {status}", self.name);
         while let Ok(Some(_)) = wait(WaitOptions::empty()) {}
         Ok(Ended { at, cpu_us: children_cpu_us()?.saturating_sub(self.cpu_before_us) })
+    }
+
+    fn watch(&self) -> Result<OwnedFd> {
+        let pid =
+            i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).context("a process id is out of range")?;
+        pidfd_open(pid, PidfdFlags::empty()).context("cannot watch the contender")
+    }
+
+    fn wait(&self, watched: &mut [PollFd<'_>], what: &str) -> Result<()> {
+        let ready =
+            rustix::io::retry_on_intr(|| poll(watched, Some(&PATIENCE))).context("cannot wait for the contender")?;
+        ensure!(ready > 0, "{} did not {what} within {} s", self.name, PATIENCE.tv_sec);
+        Ok(())
     }
 }
 
