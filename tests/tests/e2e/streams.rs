@@ -65,7 +65,7 @@ fn a_reader_that_goes_away_ends_the_writer() {
 #[test]
 fn a_long_output_takes_no_memory() {
     let sandbox = Sandbox::new();
-    let mib: u64 = if std::env::var_os(FULL_VARIABLE).is_some() { 1024 } else { 192 };
+    let mib: u64 = if std::env::var_os(FULL_VARIABLE).is_some() { 1024 } else { 64 };
     let script = format!("dd if=/dev/zero bs=1M count={mib} 2>/dev/null; read line; echo \"$line\"");
     let flags = ["-i", "-m", "48m"];
     let mut running = sandbox.run(&flags, "busybox", &["sh", "-c", &script]).open_input().start();
