@@ -33,6 +33,8 @@ pub const DEVICE_HOLE: u64 = 0xc000_0000;
 /// Where RAM goes on above the hole for devices.
 pub const ABOVE_4G: u64 = 0x1_0000_0000;
 
+/// The interrupt of the serial console, as on every PC.
+pub const SERIAL_IRQ: u32 = 4;
 /// The first virtio register window.
 pub const VIRTIO: u64 = 0xd000_0000;
 /// The interrupt of the first virtio device; each has its own, up to [`IRQ_LAST`].
@@ -47,3 +49,5 @@ pub const LOCAL_APIC: u32 = 0xfee0_0000;
 pub const TSS: usize = 0xfffb_d000;
 /// The page size.
 pub const PAGE: u64 = 4096;
+/// The size of a huge page.
+pub const HUGE_PAGE: u64 = 2 << 20;

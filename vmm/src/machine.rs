@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -26,7 +27,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use crate::boot::{command_line, kernel, mp_table, registers, zero_page};
 use crate::cpuid;
 use crate::inherited;
-use crate::layout::{self, PAGE, VIRTIO, VIRTIO_IRQ};
+use crate::layout::{self, IRQ_LAST, PAGE, SERIAL_IRQ, VIRTIO, VIRTIO_IRQ};
 use crate::memory::{self, MemoryError};
 use crate::vcpu::Bus;
 
@@ -213,8 +214,16 @@ fn load(config: &VmConfig, guest: &GuestMemory, devices: usize) -> Result<u64, M
     let line = line.as_bytes_with_nul();
     memory::write(guest, line, layout::COMMAND_LINE)?;
     zero_page::write(guest, u32::try_from(line.len()).unwrap_or(u32::MAX), initramfs)?;
-    mp_table::write(guest, config.vcpus)?;
+    mp_table::write(guest, config.vcpus, irqs(devices, config.serial))?;
     Ok(kernel.entry)
+}
+
+/// The interrupts that something is connected to.
+fn irqs(devices: usize, serial: bool) -> Range<u8> {
+    let first = if serial { SERIAL_IRQ } else { VIRTIO_IRQ };
+    let end = VIRTIO_IRQ + u32::try_from(devices).unwrap_or(u32::MAX);
+    // Every device was connected to its pin before, so that there are no more of them than pins.
+    first as u8..end.min(IRQ_LAST + 1) as u8
 }
 
 /// Maps the initial RAM file system at the end of memory below the device hole and gives its address and length.
@@ -230,7 +239,7 @@ fn load_initramfs(guest: &GuestMemory, path: &Path, kernel_end: u64) -> Result<(
     if length == 0 || address < kernel_end {
         return Err(misfit());
     }
-    memory::load(guest, &file, 0, address, length)?;
+    memory::copy(guest, &file, 0, address, length)?;
     match (u32::try_from(address), u32::try_from(length)) {
         (Ok(address), Ok(length)) => Ok((address, length)),
         _ => Err(misfit()),

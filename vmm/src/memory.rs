@@ -19,7 +19,7 @@ use vm_memory::{
     VolatileMemoryError,
 };
 
-use crate::layout::{ABOVE_4G, DEVICE_HOLE, PAGE};
+use crate::layout::{ABOVE_4G, DEVICE_HOLE, HUGE_PAGE, PAGE};
 
 /// Why guest memory is not as asked for.
 #[derive(Debug, Error)]
@@ -68,24 +68,30 @@ pub fn reserve(size_mib: u32) -> Result<GuestMemory, MemoryError> {
 
 fn region(base: u64, size: u64) -> Result<GuestRegionMmap, MemoryError> {
     let failed = |source: io::Error| MemoryError::Reserve { size_mib: size >> 20, source };
-    let length = usize::try_from(size).map_err(|_| failed(io::ErrorKind::OutOfMemory.into()))?;
+    let too_large = || failed(io::ErrorKind::OutOfMemory.into());
+    let length = usize::try_from(size).map_err(|_| too_large())?;
+    let slack = HUGE_PAGE as usize;
     let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
     // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing. It is never unmapped: guest memory
-    // lives as long as the process, so every pointer into it stays valid.
+    // lives as long as the process, so every pointer into it stays valid. The region begins less than `slack` bytes
+    // after the mapping does, which is as much longer.
     let mapping = unsafe {
-        let start = mmap_anonymous(null_mut(), length, protection, flags).map_err(|error| failed(error.into()))?;
-        MmapRegion::build_raw(start.cast(), length, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE)
+        let whole = length.checked_add(slack).ok_or_else(too_large)?;
+        let start = mmap_anonymous(null_mut(), whole, protection, flags).map_err(|error| failed(error.into()))?;
+        let start = start.cast::<u8>();
+        let start = start.add(start.align_offset(slack));
+        MmapRegion::build_raw(start, length, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE)
     };
     let mapping = mapping.map_err(|error| failed(io::Error::other(error)))?;
     GuestRegionMmap::new(mapping, GuestAddress(base)).ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))
 }
 
-/// Puts `length` bytes of a file from `offset` at `address`: whole pages are mapped when the offset within a page allows,
-/// the rest is read. The caller has checked that the file is that long.
+/// Puts `length` bytes of a file from `offset` at `address`, for the guest to read: whole pages are mapped when the offset
+/// within a page allows, the rest is copied. The caller has checked that the file is that long.
 ///
 /// # Errors
 /// [`MemoryError::OutOfBounds`] when it does not fit into one stretch of RAM; the others as they say.
-pub fn load(memory: &GuestMemory, file: &File, offset: u64, address: u64, length: u64) -> Result<(), MemoryError> {
+pub fn map(memory: &GuestMemory, file: &File, offset: u64, address: u64, length: u64) -> Result<(), MemoryError> {
     let out_of_bounds = MemoryError::OutOfBounds { address, length };
     let region = memory.find_region(GuestAddress(address));
     let Some(region) = region
@@ -107,13 +113,18 @@ pub fn load(memory: &GuestMemory, file: &File, offset: u64, address: u64, length
         unsafe { mmap(start.cast(), size, protection, flags, file, offset + (first - address)) }
             .map_err(|error| MemoryError::Map(error.into()))?;
     }
-    // Read last: what surrounds the mapped pages is then too small for a huge page, which would be zeroed as a whole.
-    read(memory, file, offset, address, first.min(end) - address)?;
-    read(memory, file, offset + (last - address), last, end - last)?;
+    // Copied last: what surrounds the mapped pages is then too small for a huge page, which would be zeroed as a whole.
+    copy(memory, file, offset, address, first.min(end) - address)?;
+    copy(memory, file, offset + (last - address), last, end - last)?;
     Ok(())
 }
 
-fn read(memory: &GuestMemory, file: &File, offset: u64, address: u64, length: u64) -> Result<(), MemoryError> {
+/// Copies `length` bytes of a file from `offset` to `address`, for the guest to write: a page that is mapped and then
+/// written costs three faults and a copy. The caller has checked that the file is that long.
+///
+/// # Errors
+/// [`MemoryError::OutOfBounds`] when it does not fit into one stretch of RAM; the others as they say.
+pub fn copy(memory: &GuestMemory, file: &File, offset: u64, address: u64, length: u64) -> Result<(), MemoryError> {
     use std::io::Seek;
     if length == 0 {
         return Ok(());
@@ -157,7 +168,7 @@ mod tests {
         for (offset, address, length) in
             [(0, 0x20_0000, 5 * PAGE), (100, 0x30_0064, 3 * PAGE), (5, 0x40_0000, 2 * PAGE), (9, 0x50_0009, 10)]
         {
-            load(&memory, &file, offset, address, length).unwrap();
+            map(&memory, &file, offset, address, length).unwrap();
             let mut loaded = vec![0; length as usize];
             memory.read_slice(&mut loaded, GuestAddress(address)).unwrap();
             assert_eq!(loaded, content[offset as usize..][..length as usize], "{offset} {address:#x} {length}");
@@ -169,7 +180,7 @@ mod tests {
         let memory = reserve(48).unwrap();
         let file = tempfile::tempfile().unwrap();
         for (address, length) in [(48 << 20, 1), (47 << 20, 2 << 20), (u64::MAX - 10, 100), (DEVICE_HOLE, PAGE)] {
-            assert!(matches!(load(&memory, &file, 0, address, length), Err(MemoryError::OutOfBounds { .. })));
+            assert!(matches!(map(&memory, &file, 0, address, length), Err(MemoryError::OutOfBounds { .. })));
         }
     }
 }

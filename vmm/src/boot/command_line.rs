@@ -17,7 +17,7 @@ use devices::mmio::WINDOW;
 /// - `8250.nr_uarts=0`: no serial port is probed for.
 /// - `random.trust_cpu=on`: entropy is there at the first read.
 const ALWAYS: &str =
-    "reboot=t panic=-1 console=hvc0 quiet tsc=reliable noreplace-smp retain_initrd 8250.nr_uarts=0 random.trust_cpu=on";
+    "reboot=t panic=-1 console=hvc0 quiet tsc=reliable noreplace-smp 8250.nr_uarts=0 random.trust_cpu=on";
 /// With a serial port: everything is printed, from the first instruction on.
 const WITH_SERIAL: &str =
     "reboot=t panic=-1 earlyprintk=serial console=hvc0 ignore_loglevel tsc=reliable random.trust_cpu=on";

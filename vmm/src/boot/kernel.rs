@@ -1,13 +1,14 @@
-//! Loading an uncompressed kernel (`vmlinux`): an ELF64 image whose PT_LOAD segments are mapped where they say.
+//! Loading an uncompressed kernel (`vmlinux`): an ELF64 image whose PT_LOAD segments are put where they say.
 //!
-//! The ELF structures are the `linux-loader` crate's; its loader copies segments, ours maps them.
+//! Those that the kernel only reads and executes are mapped, so that all VMs share them; those that it writes are copied.
+//! The ELF structures are the `linux-loader` crate's, whose own loader copies every segment.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
 use devices::GuestMemory;
-use linux_loader::elf::{EI_CLASS, EI_DATA, ELFCLASS64, ELFDATA2LSB, EM_X86_64, Elf64_Ehdr, Elf64_Phdr, PT_LOAD};
+use linux_loader::elf::{EI_CLASS, EI_DATA, ELFCLASS64, ELFDATA2LSB, EM_X86_64, Elf64_Ehdr, Elf64_Phdr, PF_W, PT_LOAD};
 use thiserror::Error;
 use vm_memory::ByteValued;
 
@@ -94,7 +95,8 @@ fn load_segment(guest: &GuestMemory, file: &File, file_length: u64, segment: &El
     }
     // What follows the file's bytes (.bss) is zero, as guest memory is where nothing was put.
     let (address, length) = (segment.p_paddr, segment.p_filesz);
-    memory::load(guest, file, segment.p_offset, address, length).map_err(KernelError::Segment)?;
+    let load = if segment.p_flags & PF_W == 0 { memory::map } else { memory::copy };
+    load(guest, file, segment.p_offset, address, length).map_err(KernelError::Segment)?;
     if vm_memory::GuestMemory::check_range(
         guest,
         vm_memory::GuestAddress(address),
