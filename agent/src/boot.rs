@@ -13,7 +13,7 @@ use rustix::system::{RebootCommand, reboot};
 use thiserror::Error;
 
 use crate::container::{self, filesystem};
-use crate::sys;
+use crate::{network, sys};
 
 const CLOSED: MountFlags = MountFlags::NOSUID.union(MountFlags::NOEXEC).union(MountFlags::NODEV);
 
@@ -27,11 +27,6 @@ const MOUNTS: [(&str, &str, MountFlags); 4] = [
     ("/sys", "sysfs", CLOSED),
     (container::CGROUP_MOUNT_POINT, "cgroup2", CLOSED),
 ];
-
-/// What docker sets in a container's network namespace, which here is the machine's: programs that are not root's may
-/// listen on any port and ping.
-const NETWORK_SETTINGS: [(&str, &[u8]); 2] =
-    [("/proc/sys/net/ipv4/ip_unprivileged_port_start", b"0"), ("/proc/sys/net/ipv4/ping_group_range", b"0 2147483647")];
 
 /// The step of the preparation that the kernel refused.
 #[derive(Debug, Error)]
@@ -75,9 +70,7 @@ pub fn prepare() -> Result<(), BootError> {
     open_standard_streams().step("open the standard streams")?;
     container::make_mount_points().step("make the mount points of containers")?;
     container::enable_controllers().step("enable the controllers of cgroup2")?;
-    for (path, value) in NETWORK_SETTINGS {
-        set(path, value).step("set the defaults of the network")?;
-    }
+    network::set_defaults().step("set the defaults of the network")?;
     sys::bring_loopback_up().step("bring the loopback interface up")
 }
 
@@ -90,15 +83,6 @@ fn open_standard_streams() -> Result<(), Errno> {
             continue;
         }
         return Ok(());
-    }
-}
-
-fn set(path: &str, value: &[u8]) -> Result<(), Errno> {
-    match fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()) {
-        Ok(file) => rustix::io::write(file, value).map(drop),
-        // A kernel without the setting has nothing to be set.
-        Err(Errno::NOENT) => Ok(()),
-        Err(error) => Err(error),
     }
 }
 

@@ -3,14 +3,16 @@
 use std::io;
 use std::os::fd::OwnedFd;
 
+use protocol::container::{ContainerSpec, ProcessSpec};
 use protocol::frame::{self, Decoder, FrameError};
-use protocol::{Call, Failure, FailureKind, FromAgent, Hello, MAGIC, Request, VERSION};
+use protocol::{Answer, Call, Failure, FailureKind, FromAgent, Hello, MAGIC, Request, Target, VERSION};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, WaitOptions, WaitStatus, wait};
+use rustix::process::{DumpableBehavior, Pid, WaitOptions, WaitStatus, set_dumpable_behavior, wait};
 use thiserror::Error;
 
-use crate::container::{Container, Event};
+use crate::container::{Container, Event, Plan};
+use crate::pids::Home;
 use crate::{clock, sys};
 
 /// How much of the control connection is read at once.
@@ -48,6 +50,7 @@ struct Agent<D> {
     /// Answers that the control connection has not taken yet.
     unsent: Vec<u8>,
     containers: Vec<Container>,
+    home: Home,
     dial: D,
 }
 
@@ -65,7 +68,10 @@ pub fn serve(
 ) -> Result<(), ServeError> {
     let children = sys::child_signals().map_err(step("watch for children"))?;
     let decoder = Decoder::new(frame::MAX_FROM_HOST);
-    let mut agent = Agent { control, children, decoder, unsent: Vec::new(), containers: Vec::new(), dial };
+    // A child is in a container's pid namespace before it has let go of what the agent may: nobody there may look into it.
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(step("close the agent's memory to others"))?;
+    let home = Home::new().map_err(step("refer to the agent's own pid namespace"))?;
+    let mut agent = Agent { control, children, decoder, unsent: Vec::new(), containers: Vec::new(), home, dial };
     let hello = Hello { magic: MAGIC, version: VERSION, started_us, ready_us: clock::boot_us() };
     agent.send(&FromAgent::Hello(hello))?;
     let result = agent.run();
@@ -145,37 +151,43 @@ impl<D: FnMut(u32) -> io::Result<OwnedFd>> Agent<D> {
     }
 
     /// Does what is asked; `None` when the answer comes later.
-    fn answer(&mut self, request: u32, call: Call) -> Option<Result<(), Failure>> {
+    fn answer(&mut self, request: u32, call: Call) -> Option<Result<Answer, Failure>> {
+        // What is begun is answered by the container, when it is done.
+        let begun = |result: Result<(), Failure>| result.err().map(Err);
+        let done = |result: Result<(), Failure>| Some(result.map(|()| Answer::Done));
         match call {
-            Call::Create(spec) => {
-                if self.containers.iter().any(|container| container.id() == spec.id) {
-                    let message = format!("container {} exists already", spec.id);
-                    return Some(Err(Failure { kind: FailureKind::WrongState, message }));
-                }
-                match Container::create(request, &spec, &mut self.dial) {
-                    Ok(container) => self.containers.push(container),
-                    Err(error) => return Some(Err(error.failure())),
-                }
-                None
+            Call::Create(spec) => begun(self.create(request, &spec)),
+            Call::Start { container } => begun(self.find(&container).and_then(|found| found.start(request))),
+            Call::Exec { container, process, spec } => begun(self.execute(request, &container, &process, &spec)),
+            Call::Signal { target: Target { container, process }, signal, all } => {
+                done(self.find(&container).and_then(|found| found.signal(process.as_deref(), signal, all)))
             }
-            Call::Start { container } => match self.find(&container) {
-                Ok(container) => container.start(request).err().map(Err),
-                Err(failure) => Some(Err(failure)),
-            },
-            Call::Signal { container, signal, all } => {
-                Some(self.find(&container).and_then(|container| container.signal(signal, all)))
+            Call::Resize { target: Target { container, process }, size } => {
+                done(self.find(&container).and_then(|found| found.resize(process.as_deref(), size)))
             }
-            Call::Resize { container, size } => {
-                Some(self.find(&container).and_then(|container| container.resize(size)))
-            }
+            _ => None,
         }
     }
 
+    fn create(&mut self, request: u32, spec: &ContainerSpec) -> Result<(), Failure> {
+        if self.containers.iter().any(|container| container.id() == spec.id) {
+            let message = format!("container {} exists already", spec.id);
+            return Err(Failure { kind: FailureKind::WrongState, message });
+        }
+        let running = |id: &str| self.containers.iter().find(|other| other.id() == id).and_then(Container::running);
+        let created = Plan::new(&spec.namespaces, running)
+            .and_then(|plan| Container::create(request, spec, &plan, &self.home, &mut self.dial));
+        self.containers.push(created.map_err(|error| error.failure())?);
+        Ok(())
+    }
+
+    fn execute(&mut self, request: u32, container: &str, process: &str, spec: &ProcessSpec) -> Result<(), Failure> {
+        let container = find(&mut self.containers, container)?;
+        container.execute(request, process, spec, &self.home, &mut self.dial)
+    }
+
     fn find(&mut self, id: &str) -> Result<&mut Container, Failure> {
-        self.containers.iter_mut().find(|container| container.id() == id).ok_or_else(|| {
-            let shown: String = id.chars().take(64).collect();
-            Failure { kind: FailureKind::NoSuchContainer, message: format!("no container {shown}") }
-        })
+        find(&mut self.containers, id)
     }
 
     /// Reaps all children that have ended.
@@ -201,26 +213,24 @@ impl<D: FnMut(u32) -> io::Result<OwnedFd>> Agent<D> {
             (None, None) => return,
         };
         let code = u8::try_from(code).unwrap_or(u8::MAX);
-        self.containers.iter_mut().for_each(|container| container.reaped(pid, code));
+        self.containers.iter_mut().any(|container| container.reaped(pid, code));
     }
 
-    /// Answers what has become due, says the last word about each container that has ended, and forgets it.
+    /// Tells the host what has become due, and forgets each container about which it was the last word.
     fn tell(&mut self) -> Result<(), ServeError> {
         let mut index = 0;
-        while let Some(container) = self.containers.get_mut(index) {
-            let done: Vec<u32> = std::iter::from_fn(|| container.take_done()).collect();
-            let last_words = container.last_words();
-            for id in done {
-                self.send(&FromAgent::Reply { id, result: Ok(()) })?;
-            }
-            match last_words {
+        // What the host does not take yet is not piled up here.
+        while self.unsent.is_empty()
+            && let Some(container) = self.containers.get_mut(index)
+        {
+            let (words, over) = container.settle();
+            if over {
                 // The cgroup goes with it, so that the id is free when the host hears.
-                Some(words) => {
-                    drop(self.containers.swap_remove(index));
-                    words.iter().try_for_each(|word| self.send(word))?;
-                }
-                None => index += 1,
+                drop(self.containers.swap_remove(index));
+            } else {
+                index += 1;
             }
+            words.iter().try_for_each(|word| self.send(word))?;
         }
         Ok(())
     }
@@ -241,4 +251,11 @@ impl<D: FnMut(u32) -> io::Result<OwnedFd>> Agent<D> {
         }
         Ok(())
     }
+}
+
+fn find<'a>(containers: &'a mut [Container], id: &str) -> Result<&'a mut Container, Failure> {
+    containers.iter_mut().find(|container| container.id() == id).ok_or_else(|| {
+        let shown: String = id.chars().take(64).collect();
+        Failure { kind: FailureKind::NoSuchContainer, message: format!("no container {shown}") }
+    })
 }

@@ -3,8 +3,8 @@
 //! # Shape
 //! [`boot`] turns the bare machine that the kernel hands over into one that containers can live on. [`control`] is the
 //! one loop of the one thread: the host's requests come in on a vsock connection, each container's child process
-//! reports on a channel of its own, and a [pump] moves each standard stream. `container` holds a container's life:
-//! `process` is what its child does between its birth and its program.
+//! reports on a channel of its own, and a [pump] moves each standard stream. `container` holds a container's life. What
+//! could make the agent wait (a copy, a look at other processes' memory) a forked helper does.
 //!
 //! # Trust
 //! The agent trusts the host and nothing else: the image decides what paths lead to, what `/etc/passwd` says and what
@@ -17,6 +17,8 @@ pub mod clock;
 pub mod container;
 pub mod control;
 mod memory;
+mod network;
+pub mod pids;
 pub mod pump;
 mod seccomp;
 pub mod sys;

@@ -20,6 +20,9 @@ const ROUNDS: usize = 16;
 /// The buffer of a terminal, which itself holds 4 KiB.
 const BUFFER: usize = 4096;
 
+/// More than a terminal holds of what was written to it (Linux `TTYB_DEFAULT_MEM_LIMIT` and its line buffer).
+const TERMINAL_HELD: u64 = (64 << 10) + (4 << 10);
+
 /// Which side a pump waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Side {
@@ -44,6 +47,8 @@ pub struct Pump {
     sink_is_socket: bool,
     buffer: Option<Buffer>,
     waiting: Side,
+    /// How much of the source is still to be moved, once its end is settled.
+    remaining: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -75,7 +80,7 @@ impl Pump {
     }
 
     fn new(source: Rc<OwnedFd>, sink: Rc<OwnedFd>, sink_is_socket: bool, buffer: Option<Buffer>) -> Self {
-        Self { source, sink, sink_is_socket, buffer, waiting: Side::Source }
+        Self { source, sink, sink_is_socket, buffer, waiting: Side::Source, remaining: None }
     }
 
     /// Whether it carries what the container writes.
@@ -96,16 +101,28 @@ impl Pump {
         }
     }
 
-    /// Moves what can be moved now. With `no_writers` nothing more will be written to the source, so that it has ended
-    /// once it is empty, whoever may still have it open.
-    pub fn run(&mut self, no_writers: bool) -> Flow {
+    /// Settles the end: the stream has ended once what is in the source now was moved, whoever still has it open and
+    /// may write more.
+    pub fn finish(&mut self) {
+        let held = match self.buffer {
+            // A terminal does not count what is still on its way to the master side.
+            Some(_) => TERMINAL_HELD,
+            // What does not tell is empty.
+            None => io::ioctl_fionread(&*self.source).unwrap_or(0),
+        };
+        self.remaining.get_or_insert(held);
+    }
+
+    /// Moves what can be moved now.
+    pub fn run(&mut self) -> Flow {
         for _ in 0..ROUNDS {
             match self.step() {
                 Ok(0) => return self.end(),
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
                     self.waiting = if self.has_more() { Side::Sink } else { Side::Source };
-                    return if no_writers && self.waiting == Side::Source { self.end() } else { Flow::Open };
+                    let ended = self.remaining.is_some() && self.waiting == Side::Source;
+                    return if ended { self.end() } else { Flow::Open };
                 }
                 // The source was a terminal that nobody has open any more, or one of the two connections broke:
                 // either way nothing more can pass.
@@ -117,15 +134,34 @@ impl Pump {
 
     /// Moves once: the number of bytes, 0 at the end of the source.
     fn step(&mut self) -> Result<usize, Errno> {
+        let remaining = self.remaining.map_or(usize::MAX, |bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
         let Some(buffer) = &mut self.buffer else {
-            return splice(&self.source, None, &self.sink, None, CHUNK, SpliceFlags::NONBLOCK | SpliceFlags::MOVE);
+            let (flags, length) = (SpliceFlags::NONBLOCK | SpliceFlags::MOVE, CHUNK.min(remaining));
+            if length == 0 {
+                return Ok(0);
+            }
+            let moved = splice(&self.source, None, &self.sink, None, length, flags)?;
+            self.take_off(moved);
+            return Ok(moved);
         };
         if buffer.start == buffer.end {
-            (buffer.start, buffer.end) = (0, io::read(&self.source, &mut buffer.bytes[..])?);
-            if buffer.end == 0 {
+            let length = BUFFER.min(remaining);
+            (buffer.start, buffer.end) = (0, io::read(&self.source, &mut buffer.bytes[..length])?);
+            let read = buffer.end;
+            self.take_off(read);
+            if read == 0 {
                 return Ok(0);
             }
         }
+        self.write_buffer()
+    }
+
+    fn take_off(&mut self, moved: usize) {
+        self.remaining = self.remaining.map(|bytes| bytes.saturating_sub(moved as u64));
+    }
+
+    fn write_buffer(&mut self) -> Result<usize, Errno> {
+        let Some(buffer) = &mut self.buffer else { return Ok(0) };
         let written = io::write(&self.sink, &buffer.bytes[buffer.start..buffer.end])?;
         buffer.start += written;
         Ok(written)

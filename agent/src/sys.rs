@@ -29,17 +29,20 @@ pub enum Fork {
     Child,
 }
 
-/// Forks into new namespaces (`CLONE_NEW*` flags) and into a cgroup, so that no moment of the child's life is counted
-/// elsewhere. Must be called by the only thread of the process.
+/// Forks into new namespaces (`CLONE_NEW*` flags) and, if one is given, into a cgroup, so that no moment of the child's
+/// life is counted elsewhere. Must be called by the only thread of the process.
 ///
 /// # Errors
 /// What clone3(2) says.
-pub fn fork_into(cgroup: BorrowedFd<'_>, namespaces: libc::c_int) -> io::Result<Fork> {
+pub fn fork_into(cgroup: Option<BorrowedFd<'_>>, namespaces: libc::c_int) -> io::Result<Fork> {
     // SAFETY: all-zero is a valid value of this plain struct of integers.
     let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-    arguments.flags = namespaces as u64 | CLONE_INTO_CGROUP;
+    arguments.flags = namespaces as u64;
     arguments.exit_signal = libc::SIGCHLD as u64;
-    arguments.cgroup = cgroup.as_raw_fd() as u64;
+    if let Some(cgroup) = cgroup {
+        arguments.flags |= CLONE_INTO_CGROUP;
+        arguments.cgroup = cgroup.as_raw_fd() as u64;
+    }
     // SAFETY: `arguments` is a whole clone_args and lives through the call. There is no CLONE_VM, so the child has a
     // copy of the memory and of the stack it returns on; this is the only thread, so no lock is held by another.
     let pid = unsafe { libc::syscall(libc::SYS_clone3, ptr::from_mut(&mut arguments), size_of::<libc::clone_args>()) };
@@ -74,6 +77,12 @@ pub fn execute(path: &CString, arguments: &[CString], environment: &[CString]) -
 pub fn exit(code: u8) -> ! {
     // SAFETY: _exit has no preconditions.
     unsafe { libc::_exit(libc::c_int::from(code)) }
+}
+
+/// Makes a panic the end of this process and of nothing else. For the child of a fork, since the agent's own panic ends
+/// the machine.
+pub fn end_on_panic() {
+    std::panic::set_hook(Box::new(|_| exit(1)));
 }
 
 /// Makes `kept` the descriptors 0, 1, 2, … in this order and closes every other one. For the child of a fork, whose
@@ -180,6 +189,15 @@ pub fn wait_connected(socket: BorrowedFd<'_>) -> io::Result<()> {
     let mut polled = [PollFd::from_borrowed_fd(socket, PollFlags::OUT)];
     rustix::io::retry_on_intr(|| poll(&mut polled, None))?;
     Ok(rustix::net::sockopt::socket_error(socket)??)
+}
+
+/// Sends a signal of any number to the processes of a group.
+///
+/// # Errors
+/// What kill(2) says.
+pub fn send_signal_to_group(leader: Pid, number: u8) -> io::Result<()> {
+    // SAFETY: kill takes integers only.
+    check(unsafe { libc::kill(-leader.as_raw_nonzero().get(), libc::c_int::from(number)) }).map(drop)
 }
 
 /// Sends a signal of any number to a process.

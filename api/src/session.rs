@@ -16,7 +16,9 @@ use std::time::{Duration, Instant};
 
 use protocol::container::ContainerSpec;
 use protocol::frame::{self, Decoder, FrameError};
-use protocol::{CONTROL_PORT, Call, ExitStatus, Failure, FailureKind, FromAgent, Hello, MAGIC, Request, VERSION};
+use protocol::{
+    Answer, CONTROL_PORT, Call, ExitStatus, Failure, FailureKind, FromAgent, Hello, MAGIC, Request, Target, VERSION,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use thiserror::Error;
 
@@ -204,17 +206,25 @@ impl Session {
             (_, FromAgent::Reply { id: CREATE | START, result: Err(failure) }) => {
                 return Err(SessionError::Refused(failure));
             }
-            (State::Creating, FromAgent::Reply { id: CREATE, result: Ok(()) }) => {
+            (State::Creating, FromAgent::Reply { id: CREATE, result: Ok(Answer::Done) }) => {
                 self.timeline.container_created = now();
                 self.state = State::Starting;
             }
-            (State::Starting, FromAgent::Reply { id: START, result: Ok(()) }) => {
+            (State::Starting, FromAgent::Reply { id: START, result: Ok(Answer::Done) }) => {
                 self.timeline.container_started = now();
                 self.state = State::Running;
                 self.tell(&FromMonitor::Started(self.timeline));
             }
             // A signal or a resize that came too late fails, and that is nobody's fault.
-            (State::Starting | State::Running, FromAgent::Reply { id: FIRST_FREE.., .. }) => {}
+            (
+                State::Starting | State::Running,
+                FromAgent::Reply { id: FIRST_FREE.., result: Ok(Answer::Done) | Err(_) },
+            ) => {}
+            // Nobody asks for them yet. The first may come while the container is still being set up.
+            (
+                State::Starting | State::Running,
+                FromAgent::OutOfMemory { container } | FromAgent::Health { container, .. },
+            ) if container == self.container.id => {}
             (State::Running, FromAgent::Exited { container, status }) if container == self.container.id => {
                 return Ok(Some(Outcome::Exited(status)));
             }
@@ -250,14 +260,14 @@ impl Session {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(true),
             Err(_) => return Ok(false),
         }
-        let container = || self.container.id.clone();
+        let target = || Target { container: self.container.id.clone(), process: None };
         let mut calls = Vec::new();
         loop {
             match decoder.take() {
                 Ok(Some(ToMonitor::Signal(signal))) => {
-                    calls.push(Call::Signal { container: container(), signal, all: false });
+                    calls.push(Call::Signal { target: target(), signal, all: false });
                 }
-                Ok(Some(ToMonitor::Resize(size))) => calls.push(Call::Resize { container: container(), size }),
+                Ok(Some(ToMonitor::Resize(size))) => calls.push(Call::Resize { target: target(), size }),
                 Ok(None) => break,
                 // A front end that does not keep to the protocol is as good as gone.
                 Err(_) => return Ok(false),
@@ -324,6 +334,7 @@ mod tests {
     use std::thread;
 
     use protocol::container::WindowSize;
+    use protocol::report::{Health, HealthStatus};
 
     use super::*;
 
@@ -340,7 +351,7 @@ mod tests {
     fn container() -> ContainerSpec {
         let json = r#"{"id":"c1","hostname":"h","rootfs":{"device":"/dev/vda","read_only":false},"mounts":[],"files":[],
             "masked_paths":[],"readonly_paths":[],"limits":{"memory_bytes":null,"pids":null,"cpu_quota_us":null},
-            "shm_bytes":0,"process":{"args":["true"],"env":[],"working_directory":"/","user":"","additional_groups":[],
+            "namespaces":{"pid":"Own","ipc":"Own","network":"Vm"},"health_check":null,"shm_bytes":0,"process":{"args":["true"],"env":[],"working_directory":"/","user":"","additional_groups":[],
             "capabilities":0,"rlimits":[],"no_new_privileges":false,"seccomp":"Default","oom_score_adj":0,"terminal":null,
             "stdio":{"stdin":null,"stdout":null,"stderr":null}}}"#;
         serde_json::from_str(json).unwrap()
@@ -351,7 +362,7 @@ mod tests {
     }
 
     fn reply(id: u32) -> FromAgent {
-        FromAgent::Reply { id, result: Ok(()) }
+        FromAgent::Reply { id, result: Ok(Answer::Done) }
     }
 
     fn exited(id: &str, code: u8) -> FromAgent {
@@ -391,6 +402,25 @@ mod tests {
     fn a_container_runs_to_its_end() {
         let outcome = outcome(&[hello(), reply(CREATE), reply(START), exited("c1", 7)]);
         assert!(matches!(outcome, Outcome::Exited(ExitStatus { code: 7, .. })), "{outcome:?}");
+    }
+
+    #[test]
+    fn news_of_the_container_is_taken_and_of_another_is_not() {
+        let health =
+            Health { status: HealthStatus::Healthy, failing_streak: 0, exit_code: Some(0), output: "ok".into() };
+        let news = |id: &str| {
+            [
+                FromAgent::OutOfMemory { container: id.into() },
+                FromAgent::Health { container: id.into(), health: health.clone() },
+            ]
+        };
+        let [memory, well] = news("c1");
+        let ended = outcome(&[hello(), reply(CREATE), memory, reply(START), well, exited("c1", 0)]);
+        assert!(matches!(ended, Outcome::Exited(_)), "{ended:?}");
+        for strange in news("c2") {
+            let words = [hello(), reply(CREATE), reply(START), strange];
+            assert!(matches!(failure(outcome(&words)), SessionError::Protocol(_)), "{words:?}");
+        }
     }
 
     #[test]
@@ -472,14 +502,11 @@ mod tests {
         frame::write(&mut front_end, &ToMonitor::Signal(15), FRAME_MAX).unwrap();
         let calls: Vec<Call> =
             (0..4).map(|_| frame::read::<Request>(&mut agent, frame::MAX_FROM_HOST).unwrap().call).collect();
-        let container = || "c1".to_owned();
+        let target = || Target { container: "c1".to_owned(), process: None };
         assert!(matches!(calls[..2], [Call::Create(_), Call::Start { .. }]));
         assert_eq!(
             calls[2..],
-            [
-                Call::Resize { container: container(), size },
-                Call::Signal { container: container(), signal: 15, all: false }
-            ]
+            [Call::Resize { target: target(), size }, Call::Signal { target: target(), signal: 15, all: false }]
         );
         frame::write(&mut agent, &exited("c1", 143), frame::MAX_FROM_AGENT).unwrap();
         assert!(matches!(session.join().unwrap(), Outcome::Exited(ExitStatus { code: 143, .. })));

@@ -1,8 +1,8 @@
 //! A container as the agent sets it up: the OCI runtime specification's `config.json` (sections "Process", "Mounts",
 //! "Linux Namespaces", "Linux Capabilities", "Resources"), resolved by the host as far as it can be without the rootfs.
 //!
-//! Every container has namespaces of its own for mounts, pids, ipc, uts and cgroup. The network namespace is the VM's:
-//! the VM is the network boundary. Users and groups are named as in the image and looked up in the guest, since the
+//! Every container has namespaces of its own for mounts, uts and cgroup; [`Namespaces`] says what it has of the others.
+//! Users and groups are named as in the image and looked up in the guest, since the
 //! files that define them are the image's.
 
 use serde::{Deserialize, Serialize};
@@ -28,10 +28,64 @@ pub struct ContainerSpec {
     pub readonly_paths: Vec<String>,
     /// Limits of the container's cgroup.
     pub limits: Limits,
+    /// Which namespaces are its own.
+    pub namespaces: Namespaces,
     /// The size of `/dev/shm` in bytes.
     pub shm_bytes: u64,
     /// The container's first process.
     pub process: ProcessSpec,
+    /// How to find out whether it is well, from the moment its program runs.
+    pub health_check: Option<HealthCheck>,
+}
+
+/// The namespaces that containers of one VM may share.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Namespaces {
+    /// Process ids.
+    pub pid: Namespace,
+    /// System V IPC and POSIX message queues.
+    pub ipc: Namespace,
+    /// The network. A namespace of its own has nothing but a loopback interface.
+    pub network: NetworkNamespace,
+}
+
+/// Whose namespace a container is in.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Namespace {
+    /// A new one.
+    #[default]
+    Own,
+    /// The one of the running container of this id.
+    Container(String),
+}
+
+/// Whose network namespace a container is in.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NetworkNamespace {
+    /// The VM's: the VM is the network boundary.
+    #[default]
+    Vm,
+    /// A new one.
+    Own,
+    /// The one of the running container of this id.
+    Container(String),
+}
+
+/// A program that says whether a container is well, as an image's HEALTHCHECK: it is when the exit code is 0.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HealthCheck {
+    /// The program and its arguments; run as the container's first process is (user, environment, capabilities).
+    pub args: Vec<String>,
+    /// From the end of one run to the next, in microseconds.
+    pub interval_us: u64,
+    /// How long a run may take before it is killed and has failed, in microseconds.
+    pub timeout_us: u64,
+    /// How long after the start failures do not count, unless a run has succeeded, in microseconds.
+    pub start_period_us: u64,
+    /// The interval during that time, in microseconds.
+    pub start_interval_us: u64,
+    /// How many runs in a row must fail for the container to be unhealthy; at least 1.
+    pub retries: u32,
 }
 
 /// Where a root file system comes from.

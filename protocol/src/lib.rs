@@ -19,12 +19,14 @@
 
 pub mod container;
 pub mod frame;
+pub mod report;
 
-use container::{ContainerSpec, WindowSize};
+use container::{ContainerSpec, Limits, ProcessSpec, WindowSize};
+use report::{Health, PathInfo, ProcessInfo, Stats};
 use serde::{Deserialize, Serialize};
 
 /// The version of everything in this crate.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// The vsock port on the host that the agent dials for its control connection.
 pub const CONTROL_PORT: u32 = 1024;
@@ -41,7 +43,7 @@ pub struct Request {
     pub call: Call,
 }
 
-/// What the host can ask of the agent.
+/// What the host can ask of the agent. Unless said otherwise a success is answered with [`Answer::Done`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Call {
     /// Set a container up to the point where its program could be executed. Its stdio streams are dialled before the reply.
@@ -51,22 +53,101 @@ pub enum Call {
         /// The container's id.
         container: String,
     },
-    /// Send a signal to the container's first process, or to all of them.
-    Signal {
+    /// Execute another process in a running container: in its namespaces, root and cgroup, as a child of nobody in it.
+    /// The streams are dialled, and the reply follows the `execve`, or says why there was none.
+    Exec {
         /// The container's id.
         container: String,
+        /// The new process's id: as a container's, and unique among the container's processes.
+        process: String,
+        /// What is executed.
+        spec: Box<ProcessSpec>,
+    },
+    /// Send a signal to a process.
+    Signal {
+        /// The process.
+        target: Target,
         /// The signal's number on Linux x86-64, 1 to 64.
         signal: u8,
-        /// Whether every process of the container gets it.
+        /// Whether every process of the container gets it; only with its first process as the target.
         all: bool,
     },
-    /// Set the window size of the container's terminal.
+    /// Set the window size of a process's terminal.
     Resize {
-        /// The container's id.
-        container: String,
+        /// The process.
+        target: Target,
         /// The new size.
         size: WindowSize,
     },
+    /// Stop all processes of a container where they are, or let them go on (`cgroup.freeze`). The reply comes when it is
+    /// so.
+    Freeze {
+        /// The container's id.
+        container: String,
+        /// Whether they are to stand still.
+        frozen: bool,
+    },
+    /// Change the limits of a container's cgroup. What is `None` stays as it is.
+    Update {
+        /// The container's id.
+        container: String,
+        /// The new limits.
+        limits: Limits,
+    },
+    /// What a container uses: answered with [`Answer::Stats`].
+    Stats {
+        /// The container's id.
+        container: String,
+    },
+    /// The processes in a container: answered with [`Answer::Processes`].
+    Processes {
+        /// The container's id.
+        container: String,
+    },
+    /// Write what is at a path of a running container to a port of the host, as one tar archive whose entries begin with
+    /// the path's last component. The path is resolved in the container's root, and its last component is not followed
+    /// when it is a symbolic link. Answered with [`Answer::Path`] before anything is written; an archive that ends
+    /// without tar's two blocks of zeroes is not whole.
+    CopyOut {
+        /// The container's id.
+        container: String,
+        /// The absolute path.
+        path: String,
+        /// The port to dial.
+        port: u32,
+    },
+    /// Unpack the tar archive that a port of the host sends into a directory of a running container. No entry leaves that
+    /// directory, by name or by a symbolic link that was there or came along. Answered at the end of the archive.
+    CopyIn {
+        /// The container's id.
+        container: String,
+        /// The absolute path of the directory, which must exist.
+        path: String,
+        /// The port to dial.
+        port: u32,
+    },
+}
+
+/// A process of a container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Target {
+    /// The container's id.
+    pub container: String,
+    /// The id that an [`Call::Exec`] gave it; `None` for the container's first process.
+    pub process: Option<String>,
+}
+
+/// What a call brings.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer {
+    /// It was done, and there is nothing to say.
+    Done,
+    /// What a container uses.
+    Stats(Box<Stats>),
+    /// The processes in a container, at most [`report::PROCESSES_MAX`].
+    Processes(Vec<ProcessInfo>),
+    /// What is at a path.
+    Path(PathInfo),
 }
 
 /// One message from the agent.
@@ -79,7 +160,7 @@ pub enum FromAgent {
         /// The request's id.
         id: u32,
         /// What became of it.
-        result: Result<(), Failure>,
+        result: Result<Answer, Failure>,
     },
     /// A container's first process ended, all its other processes are gone, and its output was written. A container
     /// whose `Create` or `Start` failed is gone with that reply, and this does not follow.
@@ -88,6 +169,28 @@ pub enum FromAgent {
         container: String,
         /// How it ended.
         status: ExitStatus,
+    },
+    /// A process that [`Call::Exec`] executed ended, and its output was written. Comes before the container's
+    /// [`FromAgent::Exited`].
+    ProcessExited {
+        /// The container's id.
+        container: String,
+        /// The process's id.
+        process: String,
+        /// The exit code; 128 + N after signal N.
+        code: u8,
+    },
+    /// The kernel killed a process of a container because its memory limit was reached.
+    OutOfMemory {
+        /// The container's id.
+        container: String,
+    },
+    /// A health check of a running container gave a result.
+    Health {
+        /// The container's id.
+        container: String,
+        /// The result.
+        health: Health,
     },
 }
 

@@ -7,8 +7,8 @@ use api::config::{DriveConfig, DriveFile, VmConfig};
 use api::session::{STDERR_PORT, STDIN_PORT, STDOUT_PORT};
 use image::ImageConfig;
 use protocol::container::{
-    ContainerSpec, DEFAULT_MASKED_PATHS, DEFAULT_READONLY_PATHS, File, Limits, ProcessSpec, Rlimit, Rootfs, Seccomp,
-    Stdio, WindowSize,
+    ContainerSpec, DEFAULT_MASKED_PATHS, DEFAULT_READONLY_PATHS, File, Limits, Namespaces, ProcessSpec, Rlimit, Rootfs,
+    Seccomp, Stdio, WindowSize,
 };
 use rustix::rand::{GetRandomFlags, getrandom};
 use thiserror::Error;
@@ -140,8 +140,10 @@ pub fn container(
             pids: request.pids.map_or(Some(DEFAULT_PIDS), |limit| limit.0),
             cpu_quota_us: sizes.cpu_quota_us,
         },
+        namespaces: Namespaces::default(),
         shm_bytes: request.shm_bytes.unwrap_or(DEFAULT_SHM),
         process,
+        health_check: None,
     })
 }
 

@@ -104,13 +104,13 @@ impl Cgroup {
         Ok(value_of("populated", &buffer[..length]) == Some(0))
     }
 
-    /// Whether the kernel killed one of its processes because memory ran out.
-    pub fn ran_out_of_memory(&self) -> bool {
-        let Ok(file) = self.open("memory.events", OFlags::RDONLY) else { return false };
+    /// How many of its processes the kernel killed because memory ran out.
+    pub fn oom_kills(&self) -> u64 {
+        let Ok(file) = self.open("memory.events", OFlags::RDONLY) else { return 0 };
         let mut buffer = Vec::new();
         match File::from(file).take(FILE_MAX as u64).read_to_end(&mut buffer) {
-            Ok(_) => value_of("oom_kill", &buffer).is_some_and(|count| count > 0),
-            Err(_) => false,
+            Ok(_) => value_of("oom_kill", &buffer).unwrap_or(0),
+            Err(_) => 0,
         }
     }
 

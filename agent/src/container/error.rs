@@ -13,8 +13,8 @@ const MESSAGE_MAX: usize = 2048;
 /// Why a container could not be set up or its program not be executed.
 #[derive(Debug, Error)]
 pub enum SetupError {
-    /// The id is not one that can name a directory.
-    #[error("container id {id:?} is not 1 to 64 of a-z, A-Z, 0-9, '_', '.' and '-' without a leading '.'")]
+    /// The id of a container or a process is not one that can name a directory.
+    #[error("id {id:?} is not 1 to 64 of a-z, A-Z, 0-9, '_', '.' and '-' without a leading '.'")]
     Id {
         /// The id as requested.
         id: String,
@@ -76,6 +76,26 @@ pub enum SetupError {
         action: &'static str,
         /// The path in the container.
         path: String,
+        /// What the kernel says.
+        #[source]
+        source: io::Error,
+    },
+    /// A container whose namespaces are to be joined does not run.
+    #[error("container {container} is not running, so its namespaces cannot be joined")]
+    NotRunning {
+        /// The id as requested.
+        container: String,
+    },
+    /// The container that a process is to join is ending.
+    #[error("the container has ended")]
+    Ended,
+    /// A namespace of another container can't be joined.
+    #[error("cannot join the {namespace} namespace of container {container}")]
+    Join {
+        /// Which one.
+        namespace: &'static str,
+        /// The other container's id.
+        container: String,
         /// What the kernel says.
         #[source]
         source: io::Error,
@@ -170,7 +190,10 @@ impl SetupError {
             | Self::Database { .. }
             | Self::DatabaseShape { .. }
             | Self::Path { .. }
+            | Self::NotRunning { .. }
+            | Self::Join { .. }
             | Self::Image { .. } => FailureKind::InvalidRequest,
+            Self::Ended => FailureKind::WrongState,
             Self::Dial { .. } | Self::Step { .. } => FailureKind::System,
         }
     }

@@ -40,6 +40,14 @@ pub struct Standard {
     pub dev: OwnedFd,
 }
 
+impl Standard {
+    /// The two as their descriptors come from the container's set-up, `/dev` first.
+    pub fn from_descriptors(descriptors: Vec<OwnedFd>) -> Option<Self> {
+        let [dev, proc] = descriptors.try_into().ok()?;
+        Some(Self { proc, dev })
+    }
+}
+
 /// Mounts `/proc`, `/dev` and below, `/sys` and `/sys/fs/cgroup`. Must run in the container's own namespaces.
 ///
 /// # Errors

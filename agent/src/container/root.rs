@@ -27,9 +27,13 @@ pub enum Missing {
 pub struct Root(OwnedFd);
 
 impl Root {
-    /// Takes the directory that `directory` refers to.
-    pub fn new(directory: OwnedFd) -> Self {
-        Self(directory)
+    /// The root directory of the calling process.
+    ///
+    /// # Errors
+    /// What open(2) says.
+    pub fn of_process() -> Result<Self, Errno> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        fs::open("/", flags, Mode::empty()).map(Self)
     }
 
     /// Refers to what is at `path`, following symbolic links, without opening it.
@@ -117,7 +121,7 @@ mod tests {
     fn root() -> (tempfile::TempDir, Root) {
         let directory = tempfile::tempdir().unwrap();
         let fd = fs::open(directory.path(), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).unwrap();
-        (directory, Root::new(fd))
+        (directory, Root(fd))
     }
 
     #[test]

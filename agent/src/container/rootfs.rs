@@ -89,8 +89,7 @@ impl Rootfs {
         pivot_root(".", ".").in_step("change the root directory")?;
         unmount(".", UnmountFlags::DETACH).in_step("let go of the agent's root directory")?;
         chdir("/").in_step("enter the root directory")?;
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        Ok(Root::new(fs::open("/", flags, Mode::empty()).in_step("open the root directory")?))
+        Root::of_process().in_step("open the root directory")
     }
 }
 
