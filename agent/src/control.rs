@@ -165,6 +165,14 @@ impl<D: FnMut(u32) -> io::Result<OwnedFd>> Agent<D> {
             Call::Resize { target: Target { container, process }, size } => {
                 done(self.find(&container).and_then(|found| found.resize(process.as_deref(), size)))
             }
+            Call::Freeze { container, frozen } => {
+                begun(self.find(&container).and_then(|found| found.freeze(request, frozen)))
+            }
+            Call::Update { container, limits } => done(self.find(&container).and_then(|found| found.update(&limits))),
+            Call::Stats { container } => {
+                Some(self.find(&container).map(|found| Answer::Stats(Box::new(found.stats()))))
+            }
+            Call::Processes { container } => begun(self.list(request, &container)),
             _ => None,
         }
     }
@@ -184,6 +192,10 @@ impl<D: FnMut(u32) -> io::Result<OwnedFd>> Agent<D> {
     fn execute(&mut self, request: u32, container: &str, process: &str, spec: &ProcessSpec) -> Result<(), Failure> {
         let container = find(&mut self.containers, container)?;
         container.execute(request, process, spec, &self.home, &mut self.dial)
+    }
+
+    fn list(&mut self, request: u32, container: &str) -> Result<(), Failure> {
+        find(&mut self.containers, container)?.list(request, &self.home)
     }
 
     fn find(&mut self, id: &str) -> Result<&mut Container, Failure> {

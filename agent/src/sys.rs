@@ -149,12 +149,18 @@ pub fn child_signals() -> io::Result<OwnedFd> {
 /// Gives a new program the signal state it expects: nothing blocked, nothing ignored. (The
 /// agent has no handlers, and execve(2) would reset them.)
 pub fn reset_signals() {
+    unblock_signals();
+    // SAFETY: the default action is no function that could be called.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}
+
+/// Blocks no signal any more.
+pub fn unblock_signals() {
     // SAFETY: as in `child_signals`.
     unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&mut set);
         libc::sigprocmask(libc::SIG_SETMASK, &set, ptr::null_mut());
-        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
     }
 }
 

@@ -137,7 +137,8 @@ pub struct File {
     pub mode: u32,
 }
 
-/// Limits of a cgroup (cgroup v2 interface files in brackets).
+/// Limits of a cgroup (cgroup v2 interface files in brackets). `None` leaves a limit as it is, which for a new container is
+/// none; `u64::MAX` takes it away.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// Bytes of memory (`memory.max`).

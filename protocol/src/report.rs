@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-/// The most processes that one answer tells of; a container with more is told without the rest.
-pub const PROCESSES_MAX: usize = 512;
+/// The most processes that one answer tells of, so that it fits a frame; a container with more is told without the rest.
+pub const PROCESSES_MAX: usize = 448;
 
 /// The most bytes of a process's command line that are told.
 pub const COMMAND_MAX: usize = 96;
@@ -100,4 +100,27 @@ pub enum HealthStatus {
     Healthy,
     /// As many checks as allowed have failed in a row.
     Unhealthy,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::{MAX_FROM_AGENT, encode};
+    use crate::{Answer, FromAgent};
+
+    #[test]
+    fn the_longest_list_of_processes_fits_a_frame() {
+        let (number, time) = (u32::MAX, u64::MAX);
+        let longest = ProcessInfo {
+            pid: number,
+            parent_pid: number,
+            uid: number,
+            started_us: time,
+            cpu_us: time,
+            terminal: number,
+            command: "x".repeat(COMMAND_MAX),
+        };
+        let result = Ok(Answer::Processes(vec![longest; PROCESSES_MAX]));
+        assert!(encode(&FromAgent::Reply { id: number, result }, MAX_FROM_AGENT).is_ok());
+    }
 }

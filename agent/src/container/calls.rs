@@ -3,14 +3,16 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use protocol::container::{ProcessSpec, WindowSize};
-use protocol::{Failure, FailureKind};
+use protocol::container::{Limits, ProcessSpec, WindowSize};
+use protocol::report::Stats;
+use protocol::{Answer, Failure, FailureKind};
 
 use super::child::{Birthplace, Child};
 use super::error::InStep;
+use super::helper::{Helper, Outlet};
 use super::process::Process;
 use super::streams::{Ends, Streams};
-use super::{Container, Phase, SetupError, check_id, further};
+use super::{Container, Phase, SetupError, check_id, further, listing};
 use crate::pids::Home;
 
 /// The highest signal number on Linux x86-64.
@@ -31,6 +33,9 @@ impl Container {
     ) -> Result<(), Failure> {
         check_id(process).map_err(|error| error.failure())?;
         self.check_running()?;
+        if self.freezer.is_frozen() {
+            return Err(self.wrong_state("is paused"));
+        }
         if self.processes.iter().any(|other| other.id == process) {
             return Err(self.wrong_state(&format!("has a process {process} already")));
         }
@@ -107,5 +112,49 @@ impl Container {
             Some(result) => result.in_step("set the terminal's size").map_err(|error| error.failure()),
             None => Err(self.wrong_state("has no terminal")),
         }
+    }
+
+    /// Begins to stop all processes where they are, or lets them go on; the outcome is the answer to the request
+    /// `request`, in time.
+    ///
+    /// # Errors
+    /// What can be said at once.
+    pub fn freeze(&mut self, request: u32, frozen: bool) -> Result<(), Failure> {
+        self.check_running()?;
+        self.cgroup.freeze(frozen).in_step("freeze or thaw the container").map_err(|error| error.failure())?;
+        for contradicted in self.freezer.ask(request, frozen) {
+            self.reply(contradicted, Err(self.wrong_state("was asked for the opposite meanwhile")));
+        }
+        // Perhaps it is so already, and there is no change to wait for.
+        self.look_at_cgroup();
+        Ok(())
+    }
+
+    /// Changes limits.
+    ///
+    /// # Errors
+    /// What the cgroup says.
+    pub fn update(&self, limits: &Limits) -> Result<(), Failure> {
+        self.cgroup.limit(limits).in_step("set the container's limits").map_err(|error| error.failure())
+    }
+
+    /// What the container uses.
+    pub fn stats(&self) -> Stats {
+        self.cgroup.stats()
+    }
+
+    /// Begins to list the processes; the outcome is the answer to the request `request`, in time.
+    ///
+    /// # Errors
+    /// What can be said at once.
+    pub fn list(&mut self, request: u32, home: &Home) -> Result<(), Failure> {
+        self.check_running()?;
+        let work = |kept: Vec<OwnedFd>, _: &Outlet| {
+            let listed = kept.first().map_or(Ok(Vec::new()), |cgroup| listing::list(cgroup.as_fd()));
+            listed.map(Answer::Processes).map_err(|error| error.failure())
+        };
+        let helper = Helper::fork(request, home, &[self.cgroup.directory()], work);
+        self.helpers.push(helper.map_err(|error| error.failure())?);
+        Ok(())
     }
 }

@@ -18,7 +18,10 @@ mod error;
 mod execution;
 pub mod filesystem;
 mod first;
+mod freezer;
 mod further;
+mod helper;
+mod listing;
 mod mounts;
 mod namespaces;
 mod privileges;
@@ -46,6 +49,8 @@ pub use rootfs::make_mount_points;
 use cgroup::{Cgroup, SIGKILL};
 use child::{Birthplace, Child, Stage};
 use error::InStep;
+use freezer::Freezer;
+use helper::Helper;
 use mounts::Standard;
 use process::Process;
 use streams::Streams;
@@ -93,6 +98,11 @@ pub struct Container {
     standard: Option<Standard>,
     /// The further processes, until their ends were told.
     processes: Vec<Process>,
+    /// What is being done for a request by a process that is none of the container's.
+    helpers: Vec<Helper>,
+    freezer: Freezer,
+    /// How many processes the kernel had killed for want of memory when it was looked, and when it was told.
+    oom_kills: [u64; 2],
 }
 
 /// What to poll for on behalf of a container.
@@ -100,6 +110,10 @@ pub struct Container {
 pub enum Event {
     /// The cgroup's state changed.
     Cgroup,
+    /// Memory ran out, or nearly.
+    Memory,
+    /// The helper of this index has something to say.
+    Helper(usize),
     /// Something of the first process's.
     First(child::Event),
     /// Something of the further process of this index.
@@ -139,6 +153,9 @@ impl Container {
             empty: false,
             standard: None,
             processes: Vec::new(),
+            helpers: Vec::new(),
+            freezer: Freezer::default(),
+            oom_kills: [0; 2],
         })
     }
 
@@ -183,8 +200,9 @@ impl Container {
         self.outbox.push(FromAgent::Reply { id, result });
     }
 
-    /// Kills all its processes, without waiting for their end.
+    /// Kills all its processes and what works on it, without waiting for their end.
     pub fn kill(&self) {
+        self.helpers.iter().for_each(Helper::kill);
         if let Err(error) = self.cgroup.signal(SIGKILL) {
             eprintln!("cofferdam-agent: cannot kill container {}: {error}", self.id);
         }
@@ -192,8 +210,14 @@ impl Container {
 
     /// Calls `add` for each descriptor to poll.
     pub fn interests<'a>(&'a self, mut add: impl FnMut(BorrowedFd<'a>, PollFlags, Event)) {
-        if self.first.exit_code().is_some() && !self.empty {
+        if (self.first.exit_code().is_some() && !self.empty) || self.freezer.is_waiting() {
             add(self.cgroup.events(), PollFlags::PRI, Event::Cgroup);
+        }
+        if let Some(events) = self.cgroup.memory_events() {
+            add(events, PollFlags::PRI, Event::Memory);
+        }
+        for (index, helper) in self.helpers.iter().enumerate() {
+            helper.interest().into_iter().for_each(|fd| add(fd, PollFlags::IN, Event::Helper(index)));
         }
         self.first.interests(|fd, flags, event| add(fd, flags, Event::First(event)));
         for (index, process) in self.processes.iter().enumerate() {
@@ -205,6 +229,12 @@ impl Container {
     pub fn handle(&mut self, event: Event) {
         match event {
             Event::Cgroup => self.look_at_cgroup(),
+            Event::Memory => self.oom_kills[0] = self.cgroup.oom_kills(),
+            Event::Helper(index) => {
+                if let Some(helper) = self.helpers.get_mut(index) {
+                    helper.hear();
+                }
+            }
             Event::First(event) => self.first.handle(event),
             Event::Further(index, event) => {
                 if let Some(process) = self.processes.get_mut(index) {
@@ -217,20 +247,30 @@ impl Container {
     /// Takes note that a child has ended with an exit code, if it is one of the container's; whether it was.
     pub fn reaped(&mut self, pid: Pid, exit_code: u8) -> bool {
         if self.first.reaped(pid, exit_code) {
-            if !self.owns_pids {
+            if self.owns_pids {
+                self.helpers.iter().for_each(Helper::kill);
+            } else {
                 self.kill();
+            }
+            for request in self.freezer.give_up() {
+                self.reply(request, Err(self.wrong_state("has ended")));
             }
             self.look_at_cgroup();
             return true;
         }
         self.processes.iter_mut().any(|process| process.reaped(pid, exit_code))
+            || self.helpers.iter_mut().any(|helper| helper.reaped(pid))
     }
 
     fn look_at_cgroup(&mut self) {
-        // An error of reading it could only be repeated; the first process is gone, and with it what it started.
-        if self.first.exit_code().is_some() && !self.empty && self.cgroup.is_empty().unwrap_or(true) {
+        // An error could only be repeated; of a container that has ended the kernel has ended all that it started.
+        let state = self.cgroup.state().ok();
+        if self.first.exit_code().is_some() && !self.empty && !state.is_some_and(|state| state.populated) {
             self.empty = true;
             self.first.finish_streams();
+        }
+        for request in state.map_or(Vec::new(), |state| self.freezer.observe(state.frozen)) {
+            self.reply(request, Ok(Answer::Done));
         }
     }
 
@@ -250,7 +290,11 @@ impl Container {
             _ => {}
         }
         self.settle_processes();
-        let over = self.empty && self.first.is_over() && self.processes.is_empty();
+        let over = self.empty && self.first.is_over() && self.processes.is_empty() && self.helpers.is_empty();
+        if over {
+            self.oom_kills[0] = self.cgroup.oom_kills();
+        }
+        self.tell_of_memory();
         if over {
             self.say_last_words();
         }
@@ -260,6 +304,19 @@ impl Container {
     fn settle_processes(&mut self) {
         let (id, ended) = (&self.id, self.first.exit_code().is_some());
         self.processes.retain_mut(|process| process.settle(id, ended, &mut self.outbox));
+        let replies = self.helpers.iter_mut().filter_map(Helper::take_reply);
+        self.outbox.extend(replies.map(|(id, result)| FromAgent::Reply { id, result }));
+        self.helpers.retain(|helper| !helper.is_over());
+    }
+
+    /// Tells of processes that the kernel killed for want of memory, once however many they are meanwhile. A container
+    /// that is not running yet says why with its failure.
+    fn tell_of_memory(&mut self) {
+        let [seen, told] = self.oom_kills;
+        if seen > told && self.phase == Phase::Running {
+            self.oom_kills[1] = seen;
+            self.outbox.push(FromAgent::OutOfMemory { container: self.id.clone() });
+        }
     }
 
     fn say_last_words(&mut self) {
@@ -278,7 +335,7 @@ impl Container {
         }
         let status = ExitStatus {
             code: self.first.exit_code().unwrap_or(u8::MAX),
-            out_of_memory: self.cgroup.oom_kills() > 0,
+            out_of_memory: self.oom_kills[0] > 0,
             executed_us: self.first.executed_us(),
             agent_resident_kib: memory::resident_kib().unwrap_or(0),
         };

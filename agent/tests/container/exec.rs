@@ -42,12 +42,12 @@ fn it_is_in_the_container() {
         &script("cat /tmp/mark /proc/sys/kernel/hostname; grep ^0: /proc/self/cgroup; echo $$; ls -d /proc/[0-9]* | wc -l; \
                  for n in mnt pid ipc uts net cgroup; do [ $(readlink /proc/1/ns/$n) = $(readlink /proc/self/ns/$n) ] || echo $n; done"),
     );
-    // The first process, and the shell with its ls and wc.
+    // The first process, and the shell with its ls and, perhaps already, wc.
     assert_eq!(output.stderr, "", "{output:?}");
     let mut lines = output.stdout.lines();
     assert_eq!(lines.by_ref().take(3).collect::<Vec<_>>(), ["here", "box", "0::/"], "{output:?}");
     assert!(lines.next().unwrap().parse::<u32>().unwrap() > 1, "{output:?}");
-    assert_eq!(lines.collect::<Vec<_>>(), ["4"], "{output:?}");
+    assert!(matches!(lines.next(), Some("3" | "4")), "{output:?}");
     host.kill("c");
 }
 

@@ -72,6 +72,15 @@ impl Host {
         lists.map(|list| list.split_whitespace().count()).sum()
     }
 
+    /// Waits until the agent has no more children than this.
+    pub fn wait_for_children(&self, count: usize) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.children() > count {
+            assert!(Instant::now() < deadline, "{} children are left", self.children());
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// A port that nobody listens on yet.
     pub fn port(&mut self) -> u32 {
         self.next_port += 1;

@@ -2,6 +2,7 @@
 //! vsock one, in a mount namespace of its own. Needs root, EROFS and overlayfs; limits are left to the tests in a guest,
 //! since the cgroup2 hierarchy of a development machine often has no controllers.
 
+mod calls;
 mod exec;
 mod host;
 mod hostile;
