@@ -173,7 +173,8 @@ impl<D: FnMut(u32) -> io::Result<OwnedFd>> Agent<D> {
                 Some(self.find(&container).map(|found| Answer::Stats(Box::new(found.stats()))))
             }
             Call::Processes { container } => begun(self.list(request, &container)),
-            _ => None,
+            Call::CopyOut { container, path, port } => begun(self.copy_out(request, &container, &path, port)),
+            Call::CopyIn { container, path, port } => begun(self.copy_in(request, &container, &path, port)),
         }
     }
 
@@ -196,6 +197,14 @@ impl<D: FnMut(u32) -> io::Result<OwnedFd>> Agent<D> {
 
     fn list(&mut self, request: u32, container: &str) -> Result<(), Failure> {
         find(&mut self.containers, container)?.list(request, &self.home)
+    }
+
+    fn copy_out(&mut self, request: u32, container: &str, path: &str, port: u32) -> Result<(), Failure> {
+        find(&mut self.containers, container)?.copy_out(request, path, port, &self.home, &mut self.dial)
+    }
+
+    fn copy_in(&mut self, request: u32, container: &str, path: &str, port: u32) -> Result<(), Failure> {
+        find(&mut self.containers, container)?.copy_in(request, path, port, &self.home, &mut self.dial)
     }
 
     fn find(&mut self, id: &str) -> Result<&mut Container, Failure> {

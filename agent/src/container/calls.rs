@@ -60,7 +60,7 @@ impl Container {
     }
 
     /// Refuses what only a container can do whose program runs.
-    fn check_running(&self) -> Result<(), Failure> {
+    pub(super) fn check_running(&self) -> Result<(), Failure> {
         match (self.phase, self.first.exit_code()) {
             (_, Some(_)) => Err(self.wrong_state("has ended")),
             (Phase::Running, None) => Ok(()),
@@ -153,7 +153,7 @@ impl Container {
             let listed = kept.first().map_or(Ok(Vec::new()), |cgroup| listing::list(cgroup.as_fd()));
             listed.map(Answer::Processes).map_err(|error| error.failure())
         };
-        let helper = Helper::fork(request, home, &[self.cgroup.directory()], work);
+        let helper = Helper::fork((request, "the list"), home, &[self.cgroup.directory()], work);
         self.helpers.push(helper.map_err(|error| error.failure())?);
         Ok(())
     }

@@ -1,6 +1,5 @@
 //! Why a container could not be set up or its program not be executed, and which kind of failure the host is told.
 
-use std::error::Error as _;
 use std::io;
 
 use protocol::{Failure, FailureKind};
@@ -198,21 +197,26 @@ impl SetupError {
         }
     }
 
-    /// The failure as the host is told: one line with the cause chain.
+    /// The failure as the host is told.
     pub fn failure(&self) -> Failure {
-        let mut message = self.to_string();
-        let mut cause = self.source();
-        while let Some(error) = cause {
-            message.push_str(": ");
-            match error.downcast_ref::<io::Error>().and_then(Errno::from_io_error) {
-                Some(errno) => message.push_str(&describe(errno)),
-                None => message.push_str(&error.to_string()),
-            }
-            cause = error.source();
-        }
-        message.truncate(message.floor_char_boundary(MESSAGE_MAX));
-        Failure { kind: self.kind(), message }
+        failure(self.kind(), self)
     }
+}
+
+/// A failure as the host is told: one line with the cause chain.
+pub fn failure(kind: FailureKind, error: &dyn std::error::Error) -> Failure {
+    let mut message = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        message.push_str(": ");
+        match error.downcast_ref::<io::Error>().and_then(Errno::from_io_error) {
+            Some(errno) => message.push_str(&describe(errno)),
+            None => message.push_str(&error.to_string()),
+        }
+        cause = error.source();
+    }
+    message.truncate(message.floor_char_boundary(MESSAGE_MAX));
+    Failure { kind, message }
 }
 
 /// What people know an error as: the kernel's words, in lower case as Go programs print them.

@@ -21,6 +21,8 @@ type Reply = Result<Answer, Failure>;
 /// A helper.
 #[derive(Debug)]
 pub struct Helper {
+    /// What it does, for people.
+    what: &'static str,
     /// The request that it works for, until that was answered.
     request: Option<u32>,
     /// Its process id, until it was reaped.
@@ -44,13 +46,13 @@ impl Outlet {
 }
 
 impl Helper {
-    /// Forks one for a request. `work` runs in it with its own copies of `kept` and gives the answer, unless it said one
+    /// Forks one for a request; `what` it does is for people. `work` runs in it with its own copies of `kept` and gives the answer, unless it said one
     /// before.
     ///
     /// # Errors
     /// What the kernel refused.
     pub fn fork(
-        request: u32,
+        (request, what): (u32, &'static str),
         home: &Home,
         kept: &[BorrowedFd<'_>],
         work: impl FnOnce(Vec<OwnedFd>, &Outlet) -> Reply,
@@ -58,7 +60,7 @@ impl Helper {
         let (channel, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
             .in_step("make a socket pair")?;
         match home.fork(None, None, 0).in_step("fork")? {
-            Fork::Parent(pid) => Ok(Self { request: Some(request), pid: Some(pid), channel, reply: None }),
+            Fork::Parent(pid) => Ok(Self { what, request: Some(request), pid: Some(pid), channel, reply: None }),
             Fork::Child => run(theirs.as_fd(), kept, work),
         }
     }
@@ -78,7 +80,8 @@ impl Helper {
             _ => None,
         };
         self.reply.get_or_insert_with(|| {
-            Err(Failure { kind: FailureKind::System, message: "what was to be done was killed".to_owned() })
+            let message = format!("{} was ended with its container or for want of memory", self.what);
+            Err(Failure { kind: FailureKind::System, message })
         });
     }
 

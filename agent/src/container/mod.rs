@@ -14,6 +14,7 @@
 mod calls;
 mod cgroup;
 mod child;
+mod copy;
 mod error;
 mod execution;
 pub mod filesystem;

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{self, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
+use rustix::path::Arg;
 
 /// The most steps, of directories and of symbolic links, in making a path that is not there yet. The kernel's limits
 /// for what is there are 40 links and 4096 bytes.
@@ -90,20 +91,36 @@ impl Root {
         }
     }
 
-    fn open(&self, path: &str, flags: OFlags) -> Result<OwnedFd, Errno> {
-        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-        let attempt = || fs::openat2(&self.0, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve);
-        let mut result = attempt();
-        for _ in 0..RETRIES_MAX {
-            // Somewhere something was renamed or mounted while the path went up, and the kernel cannot tell whether it
-            // left the root.
-            if result.as_ref().err() != Some(&Errno::AGAIN) {
-                break;
-            }
-            result = attempt();
-        }
-        result
+    /// Opens what is at `path` with these flags.
+    ///
+    /// # Errors
+    /// What openat2(2) says.
+    pub fn open(&self, path: impl Arg + Copy, flags: OFlags) -> Result<OwnedFd, Errno> {
+        resolve(&self.0, path, flags, ResolveFlags::IN_ROOT)
     }
+}
+
+/// Opens what is at `path` below a directory. A path that leaves it, be it through a symbolic link, is an error.
+///
+/// # Errors
+/// What openat2(2) says; that the path leaves is EXDEV.
+pub fn open_beneath(directory: impl AsFd, path: impl Arg + Copy, flags: OFlags) -> Result<OwnedFd, Errno> {
+    resolve(directory, path, flags, ResolveFlags::BENEATH)
+}
+
+fn resolve(directory: impl AsFd, path: impl Arg + Copy, flags: OFlags, bounds: ResolveFlags) -> Result<OwnedFd, Errno> {
+    let bounds = bounds | ResolveFlags::NO_MAGICLINKS;
+    let attempt = || fs::openat2(&directory, path, flags | OFlags::CLOEXEC, Mode::empty(), bounds);
+    let mut result = attempt();
+    for _ in 0..RETRIES_MAX {
+        // Somewhere something was renamed or mounted while the path went up, and the kernel cannot tell whether it
+        // left the directory.
+        if result.as_ref().err() != Some(&Errno::AGAIN) {
+            break;
+        }
+        result = attempt();
+    }
+    result
 }
 
 impl AsFd for Root {

@@ -65,11 +65,16 @@ impl Host {
         self.agent.id()
     }
 
-    /// How many children the agent has, zombies included.
-    pub fn children(&self) -> usize {
+    /// The agent's children, zombies included.
+    pub fn children_ids(&self) -> Vec<String> {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.agent())).unwrap();
         let lists = tasks.map(|task| fs::read_to_string(task.unwrap().path().join("children")).unwrap());
-        lists.map(|list| list.split_whitespace().count()).sum()
+        lists.flat_map(|list| list.split_whitespace().map(str::to_owned).collect::<Vec<_>>()).collect()
+    }
+
+    /// How many children the agent has, zombies included.
+    pub fn children(&self) -> usize {
+        self.children_ids().len()
     }
 
     /// Waits until the agent has no more children than this.

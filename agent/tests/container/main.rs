@@ -3,6 +3,7 @@
 //! since the cgroup2 hierarchy of a development machine often has no controllers.
 
 mod calls;
+mod copy;
 mod exec;
 mod host;
 mod hostile;
