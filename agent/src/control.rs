@@ -2,11 +2,12 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use protocol::container::{ContainerSpec, ProcessSpec};
 use protocol::frame::{self, Decoder, FrameError};
 use protocol::{Answer, Call, Failure, FailureKind, FromAgent, Hello, MAGIC, Request, Target, VERSION};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{DumpableBehavior, Pid, WaitOptions, WaitStatus, set_dumpable_behavior, wait};
 use thiserror::Error;
@@ -102,6 +103,7 @@ impl<D: FnMut(u32) -> io::Result<OwnedFd>> Agent<D> {
                     }
                 }
             }
+            self.act();
             self.tell()?;
         }
     }
@@ -120,7 +122,7 @@ impl<D: FnMut(u32) -> io::Result<OwnedFd>> Agent<D> {
         let flags = if self.unsent.is_empty() { PollFlags::IN } else { PollFlags::OUT };
         polled.extend([PollFd::new(&self.children, PollFlags::IN), PollFd::new(&self.control, flags)]);
         tokens.extend([Token::Children, Token::Control]);
-        match poll(&mut polled, None) {
+        match poll(&mut polled, self.timeout().as_ref()) {
             Err(Errno::INTR) => return Ok(Vec::new()),
             result => result.map_err(step("wait for events"))?,
         };
@@ -131,6 +133,25 @@ impl<D: FnMut(u32) -> io::Result<OwnedFd>> Agent<D> {
         let containers = ready.len() - behind;
         ready[..containers].reverse();
         Ok(ready)
+    }
+
+    /// How long there is nothing to do unless something happens; `None` for ever. What a host that does not listen would
+    /// not hear of is not begun.
+    fn timeout(&self) -> Option<Timespec> {
+        if !self.unsent.is_empty() {
+            return None;
+        }
+        let deadline = self.containers.iter().filter_map(Container::deadline_us).min()?;
+        Timespec::try_from(Duration::from_micros(deadline.saturating_sub(clock::boot_us()))).ok()
+    }
+
+    /// Does what is due.
+    fn act(&mut self) {
+        if !self.unsent.is_empty() {
+            return;
+        }
+        let now_us = clock::boot_us();
+        self.containers.iter_mut().for_each(|container| container.act(now_us, &self.home));
     }
 
     /// Reads what the host sent; whether it may send more.

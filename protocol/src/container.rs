@@ -30,7 +30,7 @@ pub struct ContainerSpec {
     pub limits: Limits,
     /// Which namespaces are its own.
     pub namespaces: Namespaces,
-    /// The size of `/dev/shm` in bytes.
+    /// The size of `/dev/shm` in bytes, unless it is another container's.
     pub shm_bytes: u64,
     /// The container's first process.
     pub process: ProcessSpec,
@@ -43,7 +43,7 @@ pub struct ContainerSpec {
 pub struct Namespaces {
     /// Process ids.
     pub pid: Namespace,
-    /// System V IPC and POSIX message queues.
+    /// System V IPC and POSIX message queues; another container's comes with its `/dev/shm`.
     pub ipc: Namespace,
     /// The network. A namespace of its own has nothing but a loopback interface.
     pub network: NetworkNamespace,

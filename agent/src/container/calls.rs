@@ -12,7 +12,8 @@ use super::error::InStep;
 use super::helper::{Helper, Outlet};
 use super::process::Process;
 use super::streams::{Ends, Streams};
-use super::{Container, Phase, SetupError, check_id, further, listing};
+use super::{Container, HealthState, Phase, SetupError, check_id, further, listing};
+use crate::clock;
 use crate::pids::Home;
 
 /// The highest signal number on Linux x86-64.
@@ -46,7 +47,7 @@ impl Container {
     }
 
     /// Forks a child that becomes a further process.
-    fn fork(&self, spec: &ProcessSpec, streams: (Streams, Ends), home: &Home) -> Result<Child, Failure> {
+    pub(super) fn fork(&self, spec: &ProcessSpec, streams: (Streams, Ends), home: &Home) -> Result<Child, Failure> {
         let Some(standard) = &self.standard else { return Err(self.wrong_state("is not running")) };
         let first = self.first_process.as_fd();
         let birthplace = Birthplace { home, member: Some(first), cgroup: self.cgroup.directory(), namespaces: 0 };
@@ -124,6 +125,13 @@ impl Container {
         self.cgroup.freeze(frozen).in_step("freeze or thaw the container").map_err(|error| error.failure())?;
         for contradicted in self.freezer.ask(request, frozen) {
             self.reply(contradicted, Err(self.wrong_state("was asked for the opposite meanwhile")));
+        }
+        if let HealthState::Watched(monitor) = &mut self.health {
+            if frozen {
+                monitor.pause();
+            } else {
+                monitor.resume(clock::boot_us());
+            }
         }
         // Perhaps it is so already, and there is no change to wait for.
         self.look_at_cgroup();

@@ -4,19 +4,19 @@
 //! Order matters: mounts and devices need every privilege, and the image's user database must be read before the root is
 //! the only thing left.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use protocol::container::{ContainerSpec, NetworkNamespace};
-use rustix::thread::move_into_thread_name_spaces;
 
 use super::error::{InStep, SetupError};
 use super::execution::{self, Prepared};
-use super::namespaces::Join;
+use super::mounts::Shm;
+use super::namespaces::{self, Join};
 use super::streams::Ends;
 use super::{mounts, rootfs, terminal};
 use crate::{network, sys};
 
-/// Sets the container up. `others` are the processes of `joins`, in order.
+/// Sets the container up. `others` are what `joins` keep, in order.
 ///
 /// # Errors
 /// What the request names and the image has not, or the step that the kernel refused.
@@ -26,7 +26,7 @@ pub fn prepare(
     joins: &[Join<'_>],
     others: Vec<OwnedFd>,
 ) -> Result<Prepared, SetupError> {
-    join(joins, &others)?;
+    let shm = namespaces::join(joins, &others)?.map_or(Shm::New { bytes: spec.shm_bytes }, Shm::Shared);
     drop(others);
     // Only now: at the fork the new namespace would have had the agent's cgroup as its root.
     sys::unshare_cgroup_namespace().in_step("make a cgroup namespace")?;
@@ -37,7 +37,7 @@ pub fn prepare(
     }
     let rootfs = rootfs::mount(spec)?;
     let root = rootfs.enter()?;
-    let standard = mounts::mount_standard(&root, spec.shm_bytes)?;
+    let standard = mounts::mount_standard(&root, shm)?;
     mounts::mount_requested(&root, &spec.mounts)?;
     mounts::attach_files(&root, &spec.files, &rootfs.files)?;
     mounts::hide_and_protect(&root, &standard.dev, spec)?;
@@ -50,11 +50,4 @@ pub fn prepare(
     }
     drop((root, rootfs));
     execution::finish(&spec.process, entered, vec![standard.dev, standard.proc])
-}
-
-fn join(joins: &[Join<'_>], processes: &[OwnedFd]) -> Result<(), SetupError> {
-    for (join, process) in joins.iter().zip(processes) {
-        move_into_thread_name_spaces(process.as_fd(), join.kind).map_err(|error| join.failed(error.into()))?;
-    }
-    Ok(())
 }

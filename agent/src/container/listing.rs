@@ -19,6 +19,9 @@ const FILE_MAX: u64 = 1 << 20;
 /// A tick of the times that the kernel tells (`USER_HZ` is 100 on x86-64).
 const TICK_US: u64 = 10_000;
 
+/// The flag of a process that has begun to end (`PF_EXITING`).
+const EXITING: u64 = 0x4;
+
 /// Lists the processes of a cgroup, up to [`PROCESSES_MAX`].
 ///
 /// # Errors
@@ -34,6 +37,12 @@ pub fn list(cgroup: BorrowedFd<'_>) -> Result<Vec<ProcessInfo>, SetupError> {
     let mut list: Vec<ProcessInfo> = pids.into_iter().filter_map(|pid| look_at(pid, &mut known)).collect();
     list.sort_by_key(|process| process.pid);
     Ok(list)
+}
+
+/// Whether a process is on its way out, and has perhaps only others to wait for.
+pub fn is_ending(pid: Pid) -> bool {
+    let stat = read(pid, "stat", FILE_MAX);
+    stat.and_then(|stat| Times::parse(&stat)).is_some_and(|times| times.flags & EXITING != 0)
 }
 
 /// What is to be told of a process; `None` when it has ended meanwhile. `known` has the ids that were looked up.
@@ -84,6 +93,7 @@ fn inner_id(status: &[u8]) -> Option<u32> {
 #[derive(Debug, PartialEq, Eq)]
 struct Times {
     terminal: u32,
+    flags: u64,
     used: u64,
     started: u64,
 }
@@ -98,7 +108,12 @@ impl Times {
         let number = |index: usize| fields.get(index - 3)?.parse::<i64>().ok();
         let positive = |index| number(index).map(|value| u64::try_from(value).unwrap_or(0));
         let terminal = u32::try_from(number(7)?).unwrap_or(0);
-        Some(Self { terminal, used: positive(14)?.saturating_add(positive(15)?), started: positive(22)? })
+        Some(Self {
+            terminal,
+            flags: positive(9)?,
+            used: positive(14)?.saturating_add(positive(15)?),
+            started: positive(22)?,
+        })
     }
 }
 
@@ -124,7 +139,7 @@ mod tests {
     #[test]
     fn a_name_cannot_forge_the_fields_behind_it() {
         let stat = b"77 (a) R 1 (b)) S 1 77 77 34816 77 4194560 1 2 3 4 11 22 0 0 20 0 1 0 555 1000 20 184";
-        assert_eq!(Times::parse(stat), Some(Times { terminal: 34816, used: 33, started: 555 }));
+        assert_eq!(Times::parse(stat), Some(Times { terminal: 34816, flags: 4_194_560, used: 33, started: 555 }));
         assert_eq!(Times::parse(b"77 (a) R 1"), None);
         assert_eq!(Times::parse(b""), None);
     }

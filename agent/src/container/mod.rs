@@ -21,6 +21,7 @@ pub mod filesystem;
 mod first;
 mod freezer;
 mod further;
+mod health;
 mod helper;
 mod listing;
 mod mounts;
@@ -37,27 +38,30 @@ mod user;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use protocol::container::ContainerSpec;
+use protocol::container::{ContainerSpec, HealthCheck, ProcessSpec};
+use protocol::report::Health;
 use protocol::{Answer, ExitStatus, Failure, FailureKind, FromAgent};
 use rustix::event::PollFlags;
 use rustix::process::Pid;
 
 pub use cgroup::{MOUNT_POINT as CGROUP_MOUNT_POINT, enable_controllers};
 pub use error::SetupError;
-pub use namespaces::Plan;
+pub use namespaces::{Plan, Running};
 pub use rootfs::make_mount_points;
 
 use cgroup::{Cgroup, SIGKILL};
 use child::{Birthplace, Child, Stage};
 use error::InStep;
 use freezer::Freezer;
+use health::Monitor;
 use helper::Helper;
 use mounts::Standard;
+use namespaces::Join;
 use process::Process;
 use streams::Streams;
 
-use crate::memory;
 use crate::pids::{self, Home};
+use crate::{clock, memory};
 
 /// The longest id of a container or a process, in bytes.
 const ID_MAX: usize = 64;
@@ -104,6 +108,18 @@ pub struct Container {
     freezer: Freezer,
     /// How many processes the kernel had killed for want of memory when it was looked, and when it was told.
     oom_kills: [u64; 2],
+    health: HealthState,
+}
+
+/// The health check of a container.
+#[derive(Debug)]
+enum HealthState {
+    /// There is none, or its time is over.
+    None,
+    /// It begins with the program.
+    Planned(Box<(HealthCheck, ProcessSpec)>),
+    /// It goes on.
+    Watched(Box<Monitor>),
 }
 
 /// What to poll for on behalf of a container.
@@ -115,6 +131,8 @@ pub enum Event {
     Memory,
     /// The helper of this index has something to say.
     Helper(usize),
+    /// Something of the health check's.
+    Health(health::Event),
     /// Something of the first process's.
     First(child::Event),
     /// Something of the further process of this index.
@@ -138,7 +156,7 @@ impl Container {
         let streams = Streams::dial(&spec.process, dial)?;
         let cgroup = Cgroup::create(&spec.id, &spec.limits).in_step("make the container's cgroup")?;
         let birthplace = Birthplace { home, member: plan.pids_of, cgroup: cgroup.directory(), namespaces: plan.new };
-        let others: Vec<BorrowedFd<'_>> = plan.joins.iter().map(|join| join.process).collect();
+        let others: Vec<BorrowedFd<'_>> = plan.joins.iter().flat_map(Join::kept).collect();
         let prepare = |ends: &_, others| first::prepare(spec, ends, &plan.joins, others);
         let first = Child::fork(streams, birthplace, &others, prepare)?;
         let opened = first.pid().map_or(Err(io::ErrorKind::NotFound.into()), pids::open);
@@ -157,6 +175,10 @@ impl Container {
             helpers: Vec::new(),
             freezer: Freezer::default(),
             oom_kills: [0; 2],
+            health: spec
+                .health_check
+                .clone()
+                .map_or(HealthState::None, |check| HealthState::Planned(Box::new((check, spec.process.clone())))),
         })
     }
 
@@ -165,10 +187,11 @@ impl Container {
         &self.id
     }
 
-    /// Its first process, while its program runs.
-    pub fn running(&self) -> Option<BorrowedFd<'_>> {
-        let first = self.first_process.as_fd();
-        (self.phase == Phase::Running && !pids::has_ended(first)).then_some(first)
+    /// What others can join, while its program runs.
+    pub fn running(&self) -> Option<Running<'_>> {
+        let process = self.first_process.as_fd();
+        let standard = self.standard.as_ref().filter(|_| self.phase == Phase::Running && !pids::has_ended(process))?;
+        Some(Running { process, dev: standard.dev.as_fd() })
     }
 
     /// Gives the word to execute the program; the outcome is the answer to the request `request`, in time.
@@ -221,6 +244,9 @@ impl Container {
             helper.interest().into_iter().for_each(|fd| add(fd, PollFlags::IN, Event::Helper(index)));
         }
         self.first.interests(|fd, flags, event| add(fd, flags, Event::First(event)));
+        if let HealthState::Watched(monitor) = &self.health {
+            monitor.interests(|fd, event| add(fd, PollFlags::IN, Event::Health(event)));
+        }
         for (index, process) in self.processes.iter().enumerate() {
             process.child.interests(|fd, flags, event| add(fd, flags, Event::Further(index, event)));
         }
@@ -234,6 +260,11 @@ impl Container {
             Event::Helper(index) => {
                 if let Some(helper) = self.helpers.get_mut(index) {
                     helper.hear();
+                }
+            }
+            Event::Health(event) => {
+                if let HealthState::Watched(monitor) = &mut self.health {
+                    monitor.handle(event);
                 }
             }
             Event::First(event) => self.first.handle(event),
@@ -253,6 +284,9 @@ impl Container {
             } else {
                 self.kill();
             }
+            if let HealthState::Watched(monitor) = &mut self.health {
+                monitor.discard();
+            }
             for request in self.freezer.give_up() {
                 self.reply(request, Err(self.wrong_state("has ended")));
             }
@@ -261,6 +295,10 @@ impl Container {
         }
         self.processes.iter_mut().any(|process| process.reaped(pid, exit_code))
             || self.helpers.iter_mut().any(|helper| helper.reaped(pid))
+            || match &mut self.health {
+                HealthState::Watched(monitor) => monitor.reaped(pid, exit_code),
+                HealthState::None | HealthState::Planned(_) => false,
+            }
     }
 
     fn look_at_cgroup(&mut self) {
@@ -273,6 +311,61 @@ impl Container {
         for request in state.map_or(Vec::new(), |state| self.freezer.observe(state.frozen)) {
             self.reply(request, Ok(Answer::Done));
         }
+    }
+
+    /// When [`Container::act`] is to be called next, on CLOCK_BOOTTIME; `None` for not before something else happens.
+    pub fn deadline_us(&self) -> Option<u64> {
+        match &self.health {
+            HealthState::Watched(monitor) if self.first.exit_code().is_none() => monitor.deadline_us(),
+            _ => None,
+        }
+    }
+
+    /// Does what is due at a time.
+    pub fn act(&mut self, now_us: u64, home: &Home) {
+        if self.deadline_us().is_none_or(|deadline| deadline > now_us) {
+            return;
+        }
+        let HealthState::Watched(mut monitor) = std::mem::replace(&mut self.health, HealthState::None) else { return };
+        let fork = |process: &ProcessSpec, ends| self.fork(process, (Streams::default(), ends), home);
+        let health = monitor.act(now_us, fork);
+        self.tell_health(health);
+        self.health = HealthState::Watched(monitor);
+    }
+
+    fn tell_health(&mut self, health: Option<Health>) {
+        let Some(health) = health else { return };
+        // A run that ends with the container says nothing about it, and its own processes are gone before its first is.
+        if self.first.pid().is_none_or(|pid| health.exit_code != Some(0) && listing::is_ending(pid)) {
+            return;
+        }
+        self.outbox.push(FromAgent::Health { container: self.id.clone(), health });
+    }
+
+    /// Begins the health check with the program, and goes on with a run of it.
+    fn settle_health(&mut self) {
+        self.health = match std::mem::replace(&mut self.health, HealthState::None) {
+            HealthState::Planned(planned) if self.phase == Phase::Running => {
+                let (check, process) = *planned;
+                HealthState::Watched(Box::new(Monitor::new(check, &process, self.first.executed_us())))
+            }
+            HealthState::Watched(mut monitor) => {
+                self.tell_health(monitor.settle(clock::boot_us()));
+                // It ends with the container, whose last word waits for the run.
+                if self.first.exit_code().is_some() && monitor.is_idle() {
+                    HealthState::None
+                } else {
+                    HealthState::Watched(monitor)
+                }
+            }
+            other => other,
+        };
+    }
+
+    /// Whether nothing is left of what goes on beside the first process.
+    fn is_alone(&self) -> bool {
+        let unwatched = !matches!(self.health, HealthState::Watched(_));
+        self.processes.is_empty() && self.helpers.is_empty() && unwatched
     }
 
     /// What the host is to hear now, and whether it is the last word: then the container is to be dropped.
@@ -291,7 +384,8 @@ impl Container {
             _ => {}
         }
         self.settle_processes();
-        let over = self.empty && self.first.is_over() && self.processes.is_empty() && self.helpers.is_empty();
+        self.settle_health();
+        let over = self.empty && self.first.is_over() && self.is_alone();
         if over {
             self.oom_kills[0] = self.cgroup.oom_kills();
         }

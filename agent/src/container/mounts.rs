@@ -31,6 +31,18 @@ const DEVICE_LINKS: [(&str, &str); 6] = [
 /// Options of a file system, as [`create`] takes them.
 type Options<'a> = &'a [(&'a str, &'a str)];
 
+/// What is at `/dev/shm`.
+#[derive(Debug)]
+pub enum Shm {
+    /// A new tmpfs.
+    New {
+        /// Its size.
+        bytes: u64,
+    },
+    /// A mount of another container's, not attached yet.
+    Shared(OwnedFd),
+}
+
 /// The kernel's own file systems of a container.
 #[derive(Debug)]
 pub struct Standard {
@@ -52,11 +64,11 @@ impl Standard {
 ///
 /// # Errors
 /// The step that the kernel refused.
-pub fn mount_standard(root: &Root, shm_bytes: u64) -> Result<Standard, SetupError> {
+pub fn mount_standard(root: &Root, shm: Shm) -> Result<Standard, SetupError> {
     let read_only = NO_SUID_EXEC_DEV | MountAttrFlags::MOUNT_ATTR_RDONLY;
     let proc = create("proc", "proc", &[], NO_SUID_EXEC_DEV).in_step("create a proc file system")?;
     attach_at(root, &proc, "/proc")?;
-    let dev = mount_dev(root, shm_bytes)?;
+    let dev = mount_dev(root, shm)?;
     let sys = create("sysfs", "sysfs", &[], read_only).in_step("create a sysfs file system")?;
     attach_at(root, &sys, "/sys")?;
     let cgroup = create("cgroup2", "cgroup", &[], read_only).in_step("create a cgroup2 file system")?;
@@ -65,7 +77,7 @@ pub fn mount_standard(root: &Root, shm_bytes: u64) -> Result<Standard, SetupErro
     Ok(Standard { proc, dev })
 }
 
-fn mount_dev(root: &Root, shm_bytes: u64) -> Result<OwnedFd, SetupError> {
+fn mount_dev(root: &Root, shm: Shm) -> Result<OwnedFd, SetupError> {
     let dev = create("tmpfs", "tmpfs", &[("mode", "755"), ("size", "65536k")], MountAttrFlags::MOUNT_ATTR_NOSUID)
         .in_step("create a tmpfs for /dev")?;
     for (name, major, minor) in DEVICES {
@@ -77,22 +89,30 @@ fn mount_dev(root: &Root, shm_bytes: u64) -> Result<OwnedFd, SetupError> {
         fs::symlinkat(target, &dev, name).at_path("make the link", name)?;
     }
     attach_at(root, &dev, "/dev")?;
-    let size = shm_bytes.to_string();
-    let pts_options = [("newinstance", ""), ("ptmxmode", "0666"), ("mode", "0620"), ("gid", "5")];
     let no_suid_exec = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    let below: [(&str, &str, Options<'_>, MountAttrFlags); 3] = [
-        ("pts", "devpts", &pts_options, no_suid_exec),
-        ("shm", "tmpfs", &[("mode", "1777"), ("size", &size)], NO_SUID_EXEC_DEV),
-        ("mqueue", "mqueue", &[], NO_SUID_EXEC_DEV),
+    let pts_options = [("newinstance", ""), ("ptmxmode", "0666"), ("mode", "0620"), ("gid", "5")];
+    let shm = match shm {
+        Shm::New { bytes } => {
+            create_for("shm", "tmpfs", &[("mode", "1777"), ("size", &bytes.to_string())], NO_SUID_EXEC_DEV)?
+        }
+        Shm::Shared(mount) => mount,
+    };
+    let below = [
+        ("pts", create_for("pts", "devpts", &pts_options, no_suid_exec)?),
+        ("shm", shm),
+        ("mqueue", create_for("mqueue", "mqueue", &[], NO_SUID_EXEC_DEV)?),
     ];
-    for (name, kind, options, attributes) in below {
-        let source = if kind == "tmpfs" { name } else { kind };
+    for (name, mount) in below {
         fs::mkdirat(&dev, name, Mode::from_raw_mode(0o755)).at_path("make the directory", name)?;
         let target = inside(&dev, name).at_path("find", name)?;
-        let mount = create(kind, source, options, attributes).at_path("create the file system for", name)?;
         attach(&mount, &target).at_path("mount", name)?;
     }
     Ok(dev)
+}
+
+fn create_for(name: &str, kind: &str, options: Options<'_>, attributes: MountAttrFlags) -> Result<OwnedFd, SetupError> {
+    let source = if kind == "tmpfs" { name } else { kind };
+    create(kind, source, options, attributes).at_path("create the file system for", name)
 }
 
 /// Mounts what the request asks for besides.

@@ -39,7 +39,8 @@ impl Process {
             // There is no reason to wait between the two.
             Stage::Ready => self.child.go(),
             Stage::Executed => {
-                outbox.extend(self.request.take().map(|id| FromAgent::Reply { id, result: Ok(Answer::Done) }))
+                let request = self.request.take();
+                outbox.extend(request.map(|id| FromAgent::Reply { id, result: Ok(Answer::Done) }));
             }
             Stage::SettingUp | Stage::Told => {}
         }

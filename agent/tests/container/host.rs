@@ -112,6 +112,11 @@ impl Host {
         if self.early.is_empty() { self.receive() } else { self.early.remove(0) }
     }
 
+    /// Forgets the messages that came while another was waited for.
+    pub fn forget_early(&mut self) {
+        self.early.clear();
+    }
+
     pub fn call(&mut self, call: Call) -> Result<Answer, Failure> {
         let sent = self.send(call);
         self.reply(sent)
@@ -268,6 +273,18 @@ impl Streams {
         let _ = self.stdin.shutdown(Shutdown::Write);
         let stderr = thread::spawn(move || read_all(&mut self.stderr));
         (read_all(&mut self.stdout), stderr.join().unwrap())
+    }
+
+    /// The next line on standard output, without its end.
+    pub fn line(&mut self) -> String {
+        let (mut line, mut byte) = (String::new(), [0]);
+        loop {
+            self.stdout.read_exact(&mut byte).unwrap();
+            if byte == *b"\n" {
+                return line;
+            }
+            line.push(byte[0].into());
+        }
     }
 
     /// Reads what must come next on standard output.

@@ -44,8 +44,7 @@ fn a_signal_is_told_as_128_and_its_number() {
 fn a_signal_to_all_reaches_the_children() {
     let image = Image::new();
     let mut host = Host::new();
-    let script =
-        "sleep 1000 & (trap '' TERM; trap 'echo child; exit' USR1; echo x; while :; do sleep 0.01; done) & wait; wait; sleep 1000";
+    let script = "sleep 1000 & (trap '' TERM; trap 'echo child; exit' USR1; echo x; while :; do sleep 0.01; done) & wait; wait; sleep 1000";
     let mut streams = host.launch(&image.shell(&format!("trap : USR1; {script}"))).unwrap();
     let mut ready = [0; 2];
     streams.stdout.read_exact(&mut ready).unwrap();

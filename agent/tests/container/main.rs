@@ -5,10 +5,12 @@
 mod calls;
 mod copy;
 mod exec;
+mod health;
 mod host;
 mod hostile;
 mod image;
 mod life;
+mod namespaces;
 mod setup;
 
 use std::env;
