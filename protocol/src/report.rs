@@ -87,7 +87,8 @@ pub struct Health {
     pub failing_streak: u32,
     /// The check's exit code; `None` when it was not executed or took too long.
     pub exit_code: Option<u8>,
-    /// The beginning of what it wrote, at most [`HEALTH_OUTPUT_MAX`] bytes; or why it was not executed.
+    /// The beginning of what it wrote, at most [`HEALTH_OUTPUT_MAX`] bytes; behind a note when it took too long; or why
+    /// it was not executed.
     pub output: String,
 }
 

@@ -20,13 +20,13 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketFlags, SocketType, recvmsg,
     send, socketpair,
 };
-use rustix::process::Pid;
+use rustix::process::{Pid, WaitOptions, waitpid};
 
 use super::cgroup::SIGKILL;
 use super::error::{InStep, SetupError};
 use super::execution::{self, DESCRIPTORS_MAX, GO, Inherited, Prepared, REPORT_MAX, Report};
 use super::streams::{Ends, Streams};
-use crate::pids::Home;
+use crate::pids::{self, Home};
 use crate::sys::{self, Fork};
 
 /// How far a child has come.
@@ -114,6 +114,18 @@ impl Child {
     /// Its process id, as long as it was not reaped.
     pub fn pid(&self) -> Option<Pid> {
         self.exit_code.is_none().then_some(self.pid)
+    }
+
+    /// A descriptor that means it. When there is none to be had, the child is gone.
+    ///
+    /// # Errors
+    /// What pidfd_open(2) says.
+    pub fn open(&self) -> io::Result<OwnedFd> {
+        pids::open(self.pid).inspect_err(|_| {
+            // It has begun nothing that it would have to wait for, and its cgroup is to be removed.
+            self.kill();
+            let _ = waitpid(Some(self.pid), WaitOptions::empty());
+        })
     }
 
     /// The exit code, when it has ended.

@@ -159,8 +159,7 @@ impl Container {
         let others: Vec<BorrowedFd<'_>> = plan.joins.iter().flat_map(Join::kept).collect();
         let prepare = |ends: &_, others| first::prepare(spec, ends, &plan.joins, others);
         let first = Child::fork(streams, birthplace, &others, prepare)?;
-        let opened = first.pid().map_or(Err(io::ErrorKind::NotFound.into()), pids::open);
-        let first_process = opened.inspect_err(|_| first.kill()).in_step("refer to the container's first process")?;
+        let first_process = first.open().in_step("refer to the container's first process")?;
         Ok(Self {
             id: spec.id.clone(),
             phase: Phase::Preparing { create: request, start: None },
