@@ -70,16 +70,21 @@ fn region(base: u64, size: u64) -> Result<GuestRegionMmap, MemoryError> {
     let failed = |source: io::Error| MemoryError::Reserve { size_mib: size >> 20, source };
     let too_large = || failed(io::ErrorKind::OutOfMemory.into());
     let length = usize::try_from(size).map_err(|_| too_large())?;
-    let slack = HUGE_PAGE as usize;
-    let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
-    // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing. It is never unmapped: guest memory
-    // lives as long as the process, so every pointer into it stays valid. The region begins less than `slack` bytes
-    // after the mapping does, which is as much longer.
+    // KVM maps huge pages only where guest and host addresses begin huge pages together: room for that, with guard pages
+    // in what is left of it.
+    let alignment = HUGE_PAGE as usize;
+    let room = length.checked_add(alignment).ok_or_else(too_large)?;
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing. The region replaces a part of it: it
+    // begins less than `alignment` bytes after it, which is as much longer. It is never unmapped: guest memory lives as
+    // long as the process, so every pointer into it stays valid.
     let mapping = unsafe {
-        let whole = length.checked_add(slack).ok_or_else(too_large)?;
-        let start = mmap_anonymous(null_mut(), whole, protection, flags).map_err(|error| failed(error.into()))?;
-        let start = start.cast::<u8>();
-        let start = start.add(start.align_offset(slack));
+        let reserved =
+            mmap_anonymous(null_mut(), room, ProtFlags::empty(), flags).map_err(|error| failed(error.into()))?;
+        let start = reserved.cast::<u8>();
+        let start = start.add(start.align_offset(alignment));
+        mmap_anonymous(start.cast(), length, ProtFlags::READ | ProtFlags::WRITE, flags | MapFlags::FIXED)
+            .map_err(|error| failed(error.into()))?;
         MmapRegion::build_raw(start, length, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE)
     };
     let mapping = mapping.map_err(|error| failed(io::Error::other(error)))?;
