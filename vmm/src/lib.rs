@@ -2,7 +2,7 @@
 //!
 //! # Layout, in the order of a boot
 //! - [`layout`]: where things are in guest-physical memory.
-//! - [`memory`]: guest memory, into which files are mapped rather than copied.
+//! - [`memory`]: guest memory, on huge pages; files are mapped or copied into it.
 //! - [`boot`]: the kernel image, the zero page, the MP table and the first registers.
 //! - [`cpuid`]: what the guest's CPUs say they are.
 //! - [`machine`]: the VM in phases: memory, devices, vCPUs.

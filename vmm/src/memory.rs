@@ -1,7 +1,8 @@
-//! Guest memory: anonymous, reserved but not committed, with files mapped over it copy-on-write.
+//! Guest memory: anonymous, reserved but not committed, in huge pages where the host has them, with files mapped over it
+//! copy-on-write.
 //!
-//! Mapping the kernel and the initial RAM file system costs nothing per byte, and their unwritten pages are shared by
-//! all VMs of the host through its page cache.
+//! What the guest only reads is mapped, which costs nothing per byte and is shared by all VMs of the host through its page
+//! cache; what it writes is copied (`docs/decisions/0005-guest-memory.md`).
 //!
 //! UNSAFETY: memory is mapped by hand, since no safe wrapper maps a file over a part of another mapping.
 

@@ -13,7 +13,6 @@ use devices::mmio::WINDOW;
 /// - `tsc=reliable`: KVM vouches for the clock; checking it costs a timer for the life of the VM.
 /// - `noreplace-smp`: patching lock prefixes out of a kernel with one CPU would dirty its text, which is shared with other
 ///   VMs while it is clean.
-/// - `retain_initrd`: pages of the initial RAM file system that are freed are written again, and shared no more.
 /// - `8250.nr_uarts=0`: no serial port is probed for.
 /// - `random.trust_cpu=on`: entropy is there at the first read.
 const ALWAYS: &str =

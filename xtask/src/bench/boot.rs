@@ -22,8 +22,7 @@ use super::report::Boot;
 const MEMORY_MIB: u32 = 512;
 
 /// The words of our monitor's command line that are not about devices which only it has.
-const COMMAND_LINE: &str =
-    "reboot=t panic=-1 quiet tsc=reliable noreplace-smp retain_initrd 8250.nr_uarts=0 random.trust_cpu=on";
+const COMMAND_LINE: &str = "reboot=t panic=-1 quiet tsc=reliable noreplace-smp 8250.nr_uarts=0 random.trust_cpu=on";
 
 /// Who boots a VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
