@@ -33,7 +33,10 @@ pub extern "C" fn main() -> i32 {
 fn run(started_us: u64) -> Result<(), Box<dyn std::error::Error>> {
     boot::prepare()?;
     let control = dial_control().map_err(|source| ServeError::Step { step: "connect to the host", source })?;
-    Ok(serve(control, started_us, sys::dial_host)?)
+    serve(control, started_us, sys::dial_host)?;
+    // Seen only by a host that did not mean it: one that did is gone.
+    eprintln!("cofferdam-agent: the host ended the control connection");
+    Ok(())
 }
 
 fn dial_control() -> std::io::Result<OwnedFd> {

@@ -241,7 +241,8 @@ fn session_outcome(ended: &Receiver<End>) -> Outcome {
 
 fn explain(error: &SessionError, guest_end: Option<GuestEnd>, machine: &Machine) -> Failure {
     let mut message = chain(error);
-    if let Some(end @ (GuestEnd::Run { .. } | GuestEnd::Stopped { .. })) = guest_end {
+    // Without one it was the agent that let go.
+    if let Some(end) = guest_end {
         message = format!("{message}: {}", chain(&end));
     }
     // The console explains a guest that died; it has nothing to do with a program that is not there.
