@@ -176,10 +176,7 @@ fn start(args: &LabArgs, machine: &Machine, initramfs: &Path, sockets: &Path, ou
     if args.icount {
         command.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"]);
     } else {
-        // One thread for all CPUs: with one each, QEMU 7.2 may go on executing a stale translation of code that another
-        // CPU has just rewritten, as KVM's static keys and every seccomp filter have the kernel do. That ends in CPUs
-        // that take a breakpoint for ever, and in guests that die of nothing.
-        command.args(["-accel", "tcg,thread=single", "-smp", &args.cpus.to_string()]);
+        command.args(["-accel", "tcg,thread=multi", "-smp", &args.cpus.to_string()]);
     }
     command.args(["-m", &args.mem.to_string()]);
     command.arg("-kernel").arg(&machine.kernel).arg("-initrd").arg(initramfs);
