@@ -67,6 +67,9 @@ enum Task {
     /// Measure what a prepared root holds, and leave the result in a folder
     #[command(hide = true)]
     BenchMeasure(bench::MeasureArgs),
+    /// Inside the lab: hold a VM, so that KVM always has one
+    #[command(hide = true)]
+    LabHold,
     /// Inside the lab: pass standard input on to a port and print how many bytes that were
     #[command(hide = true)]
     LabRelay {
@@ -98,6 +101,7 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::BenchMeasure(args) => bench::measure(&args)?,
         Task::Tidy => tidy::tidy()?,
         Task::Deny => test::deny()?,
+        Task::LabHold => lab::hold()?,
         Task::LabRelay { port } => println!("{}", lab::relay(&port)?),
     }
     Ok(ExitCode::SUCCESS)

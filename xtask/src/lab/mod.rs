@@ -12,6 +12,7 @@
 //!
 //! The byte counts say when both streams have arrived completely; QEMU is ended then.
 
+mod hold;
 mod machine;
 mod relay;
 
@@ -29,6 +30,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
+pub use hold::hold;
 pub use relay::relay;
 
 use machine::{Machine, Session};

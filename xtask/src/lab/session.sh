@@ -30,6 +30,12 @@ lab cp "$LAB_RELAY" relay
 relays=$!
 ./relay lab-relay stderr <err >err.count &
 relays="$relays $!"
+# Several CPUs need a VM that stays (see lab/hold.rs).
+if [ "$(lab nproc)" -gt 1 ]; then
+  lab mkfifo held
+  ./relay lab-hold >held 2>/dev/null &
+  read -r _ <held
+fi
 echo up >&9
 lab setsid /run/lab/busybox sh /run/lab/command.sh <in >out 2>err 9>&-
 code=$?
