@@ -226,7 +226,7 @@ fn irqs(devices: usize, serial: bool) -> Range<u8> {
     first as u8..end.min(IRQ_LAST + 1) as u8
 }
 
-/// Maps the initial RAM file system at the end of memory below the device hole and gives its address and length.
+/// Copies the initial RAM file system to the end of memory below the device hole and gives its address and length.
 fn load_initramfs(guest: &GuestMemory, path: &Path, kernel_end: u64) -> Result<(u32, u32), MachineError> {
     let file = open("the initial RAM file system", path)?;
     let metadata = file.metadata();

@@ -4,6 +4,8 @@
 //! them while other CPUs execute it, by way of a breakpoint. QEMU 7.2 with a thread per CPU may keep a translation that has
 //! the breakpoint in it: a CPU that runs into it takes the exception again and again, with interrupts off, for ever. With a
 //! VM that stays the code is rewritten once, before anything else runs.
+//!
+//! Compiled system call filters are rewritten code of the same kind: `session.sh` has them interpreted.
 
 use std::io::Write as _;
 
