@@ -1,7 +1,8 @@
-//! Building a VM, in phases that take each other's results: KVM and memory, then devices, then vCPUs.
+//! Building a VM, in phases that take each other's results: memory with the kernel in it, KVM, devices, vCPUs.
 //!
 //! The order is what makes it fast: memory slots come before the interrupt controller, since changing them later waits
 //! for an SRCU grace period; there is no PIT, which would cost a kernel thread; devices register their eventfds last.
+//! The kernel is first of all, since what the guest will write to next becomes present while the rest is made.
 
 use std::fs::File;
 use std::io;
@@ -29,6 +30,7 @@ use crate::cpuid;
 use crate::inherited;
 use crate::layout::{self, IRQ_LAST, PAGE, SERIAL_IRQ, VIRTIO, VIRTIO_IRQ};
 use crate::memory::{self, MemoryError};
+use crate::populate;
 use crate::vcpu::Bus;
 
 /// Why a VM was not built.
@@ -121,8 +123,15 @@ pub struct Machine {
 /// [`MachineError`] names the step, the file or the number.
 pub fn build(config: &VmConfig, ports: HostPorts, echo_console: bool) -> Result<Machine, MachineError> {
     let kvm_device = Kvm::new().map_err(MachineError::OpenKvm)?;
-    let vm = kvm_device.create_vm().map_err(kvm("create a VM"))?;
     let guest = memory::reserve(config.memory_mib)?;
+    let path = &config.kernel;
+    let file = open("the kernel", path)?;
+    let kernel = kernel::load(&guest, &file).map_err(|source| MachineError::Kernel { path: path.clone(), source })?;
+    let initramfs = config.initramfs.as_deref().map(|path| Initramfs::place(&guest, path, kernel.end)).transpose()?;
+    let place = initramfs.as_ref().map(|initramfs| initramfs.address);
+    let populating = populate::start(&guest, kernel.file_end..kernel.end, place);
+
+    let vm = kvm_device.create_vm().map_err(kvm("create a VM"))?;
     add_memory(&vm, &guest)?;
     vm.set_tss_address(layout::TSS).map_err(kvm("place the task state segment"))?;
     vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
@@ -130,8 +139,9 @@ pub fn build(config: &VmConfig, ports: HostPorts, echo_console: bool) -> Result<
     let console = ConsoleOutput::new(echo_console);
     let devices = add_devices(config, &vm, &guest, ports, &console)?;
     let serial = config.serial.then(|| Arc::new(Mutex::new(Serial::new(console.clone()))));
-    let entry = load(config, &guest, devices.len())?;
-    let vcpus = add_vcpus(&kvm_device, &vm, &guest, config.vcpus, entry)?;
+    describe(config, &guest, devices.len(), initramfs)?;
+    let vcpus = add_vcpus(&kvm_device, &vm, &guest, config.vcpus, kernel.entry)?;
+    populating.finish();
     Ok(Machine { vcpus, bus: Bus { devices: devices.into(), serial }, console, vm })
 }
 
@@ -203,19 +213,20 @@ fn open_drive(drive: &DriveConfig) -> Result<File, MachineError> {
     }
 }
 
-/// Puts the kernel and what it needs into guest memory and gives its entry point.
-fn load(config: &VmConfig, guest: &GuestMemory, devices: usize) -> Result<u64, MachineError> {
-    let path = &config.kernel;
-    let file = open("the kernel", path)?;
-    let kernel = kernel::load(guest, &file).map_err(|source| MachineError::Kernel { path: path.clone(), source })?;
-    let initramfs = config.initramfs.as_deref().map(|path| load_initramfs(guest, path, kernel.end)).transpose()?;
+/// Puts what the kernel is told, and the initial RAM file system, into guest memory.
+fn describe(
+    config: &VmConfig,
+    guest: &GuestMemory,
+    devices: usize,
+    initramfs: Option<Initramfs>,
+) -> Result<(), MachineError> {
+    let initramfs = initramfs.map(|initramfs| initramfs.copy(guest)).transpose()?;
     let line = command_line::build(devices, config.serial, &config.command_line).map_err(MachineError::CommandLine)?;
     let line = line.as_cstring().map_err(MachineError::CommandLine)?;
     let line = line.as_bytes_with_nul();
     memory::write(guest, line, layout::COMMAND_LINE)?;
     zero_page::write(guest, u32::try_from(line.len()).unwrap_or(u32::MAX), initramfs)?;
-    mp_table::write(guest, config.vcpus, irqs(devices, config.serial))?;
-    Ok(kernel.entry)
+    Ok(mp_table::write(guest, config.vcpus, irqs(devices, config.serial))?)
 }
 
 /// The interrupts that something is connected to.
@@ -226,23 +237,39 @@ fn irqs(devices: usize, serial: bool) -> Range<u8> {
     first as u8..end.min(IRQ_LAST + 1) as u8
 }
 
-/// Copies the initial RAM file system to the end of memory below the device hole and gives its address and length.
-fn load_initramfs(guest: &GuestMemory, path: &Path, kernel_end: u64) -> Result<(u32, u32), MachineError> {
-    let file = open("the initial RAM file system", path)?;
-    let metadata = file.metadata();
-    let length = metadata
-        .map_err(|source| MachineError::Open { what: "the initial RAM file system", path: path.to_owned(), source })?
-        .len();
-    let misfit = || MachineError::Initramfs { path: path.to_owned(), length };
-    let low_end = guest.iter().next().map_or(0, GuestMemoryRegion::len);
-    let address = low_end.checked_sub(length).map(|address| address - address % PAGE).ok_or_else(misfit)?;
-    if length == 0 || address < kernel_end {
-        return Err(misfit());
+/// The initial RAM file system, with its place at the end of memory below the device hole.
+struct Initramfs {
+    file: File,
+    address: u64,
+    length: u64,
+    /// Address and length as the kernel is told.
+    told: (u32, u32),
+}
+
+impl Initramfs {
+    fn place(guest: &GuestMemory, path: &Path, kernel_end: u64) -> Result<Self, MachineError> {
+        let what = "the initial RAM file system";
+        let file = open(what, path)?;
+        let metadata = file.metadata();
+        let length = metadata.map_err(|source| MachineError::Open { what, path: path.to_owned(), source })?.len();
+        let misfit = || MachineError::Initramfs { path: path.to_owned(), length };
+        let low_end = guest.iter().next().map_or(0, GuestMemoryRegion::len);
+        let address = low_end.checked_sub(length).map(|address| address - address % PAGE).ok_or_else(misfit)?;
+        if length == 0 || address < kernel_end {
+            return Err(misfit());
+        }
+        match (u32::try_from(address), u32::try_from(length)) {
+            (Ok(told_address), Ok(told_length)) => {
+                Ok(Self { file, address, length, told: (told_address, told_length) })
+            }
+            _ => Err(misfit()),
+        }
     }
-    memory::copy(guest, &file, 0, address, length)?;
-    match (u32::try_from(address), u32::try_from(length)) {
-        (Ok(address), Ok(length)) => Ok((address, length)),
-        _ => Err(misfit()),
+
+    /// Copies it to its place.
+    fn copy(self, guest: &GuestMemory) -> Result<(u32, u32), MachineError> {
+        memory::copy(guest, &self.file, 0, self.address, self.length)?;
+        Ok(self.told)
     }
 }
 

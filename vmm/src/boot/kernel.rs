@@ -37,7 +37,9 @@ pub enum KernelError {
 pub struct Kernel {
     /// The guest-physical address of the 64-bit entry point.
     pub entry: u64,
-    /// The first address behind the kernel.
+    /// Where the file's last byte ends.
+    pub file_end: u64,
+    /// The first address behind the kernel, zeroed data included.
     pub end: u64,
 }
 
@@ -53,7 +55,7 @@ pub fn load(guest: &GuestMemory, file: &File) -> Result<Kernel, KernelError> {
         _ => KernelError::Read(error),
     })?;
     check(&header)?;
-    let mut kernel = Kernel { entry: header.e_entry, end: 0 };
+    let mut kernel = Kernel { entry: header.e_entry, file_end: 0, end: 0 };
     for index in 0..u64::from(header.e_phnum) {
         let mut segment = Elf64_Phdr::default();
         let at = index * size_of::<Elf64_Phdr>() as u64;
@@ -62,6 +64,7 @@ pub fn load(guest: &GuestMemory, file: &File) -> Result<Kernel, KernelError> {
             .map_err(|_| KernelError::Format("its program headers are out of bounds"))?;
         if segment.p_type == PT_LOAD && segment.p_memsz > 0 {
             kernel.end = kernel.end.max(load_segment(guest, file, file_length, &segment)?);
+            kernel.file_end = kernel.file_end.max(segment.p_paddr.saturating_add(segment.p_filesz));
         }
     }
     if !(HIGH_MEMORY..kernel.end).contains(&kernel.entry) {
@@ -134,7 +137,10 @@ mod tests {
 
     #[test]
     fn a_small_image_loads() {
-        assert_eq!(load_bytes(&image(|_, _| {})).unwrap(), Kernel { entry: 0x100_0000, end: 0x100_2000 });
+        assert_eq!(
+            load_bytes(&image(|_, _| {})).unwrap(),
+            Kernel { entry: 0x100_0000, file_end: 0x100_0010, end: 0x100_2000 }
+        );
     }
 
     #[test]
