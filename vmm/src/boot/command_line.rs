@@ -15,11 +15,11 @@ use devices::mmio::WINDOW;
 ///   VMs while it is clean.
 /// - `8250.nr_uarts=0`: no serial port is probed for.
 /// - `random.trust_cpu=on`: entropy is there at the first read.
-const ALWAYS: &str =
-    "reboot=t panic=-1 console=hvc0 quiet tsc=reliable noreplace-smp 8250.nr_uarts=0 random.trust_cpu=on";
+/// - `swiotlb=noforce`: with memory above 4 GiB, Linux sets 64 MiB aside, and writes to all of it, for devices that cannot
+///   reach that far. Virtio devices can.
+const ALWAYS: &str = "reboot=t panic=-1 console=hvc0 quiet tsc=reliable noreplace-smp 8250.nr_uarts=0 random.trust_cpu=on swiotlb=noforce";
 /// With a serial port: everything is printed, from the first instruction on.
-const WITH_SERIAL: &str =
-    "reboot=t panic=-1 earlyprintk=serial console=hvc0 ignore_loglevel tsc=reliable random.trust_cpu=on";
+const WITH_SERIAL: &str = "reboot=t panic=-1 earlyprintk=serial console=hvc0 ignore_loglevel tsc=reliable random.trust_cpu=on swiotlb=noforce";
 
 /// Builds the command line of a guest with `devices` virtio windows.
 ///
