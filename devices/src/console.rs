@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::io::{Read, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::device::{Broken, Event, Resources, VirtioDevice, read_config_bytes};
 
@@ -16,40 +16,67 @@ const REQUEST_MAX: usize = 64 << 10;
 const TRANSMIT: usize = 1;
 const QUEUE_SIZES: [u16; 2] = [64, 64];
 
+/// The longest piece of a line that is held back from whoever watches.
+const LINE_MAX: usize = 512;
+
 /// Where console output goes: the tail, and a copy for whoever watches.
 #[derive(Debug, Clone, Default)]
 pub struct ConsoleOutput {
-    tail: Arc<Mutex<VecDeque<u8>>>,
+    kept: Arc<Mutex<Kept>>,
     echo: bool,
 }
 
+#[derive(Debug, Default)]
+struct Kept {
+    tail: VecDeque<u8>,
+    /// A line that has begun: a serial port gives one byte at a time, and the guest waits for each write.
+    line: Vec<u8>,
+}
+
 impl ConsoleOutput {
-    /// Keeps the tail; with `echo`, also copies everything to the monitor's standard error as it comes.
+    /// Keeps the tail; with `echo`, also copies everything to the monitor's standard error, line by line.
     pub fn new(echo: bool) -> Self {
-        Self { tail: Arc::default(), echo }
+        Self { kept: Arc::default(), echo }
     }
 
     /// The end of the output so far.
     pub fn tail(&self) -> Vec<u8> {
-        self.tail.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect()
+        self.kept().tail.iter().copied().collect()
     }
+
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Takes from `line`, which `bytes` continue, what is to be written now.
+fn take_lines(line: &mut Vec<u8>, bytes: &[u8]) -> Vec<u8> {
+    line.extend_from_slice(bytes);
+    let complete = line.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+    let count = if line.len() - complete >= LINE_MAX { line.len() } else { complete };
+    line.drain(..count).collect()
 }
 
 impl Write for ConsoleOutput {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let mut tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
-        let kept = &bytes[bytes.len().saturating_sub(TAIL_MAX)..];
-        let excess = (tail.len() + kept.len()).saturating_sub(TAIL_MAX);
-        tail.drain(..excess);
-        tail.extend(kept);
+        let mut kept = self.kept();
+        let end = &bytes[bytes.len().saturating_sub(TAIL_MAX)..];
+        let excess = (kept.tail.len() + end.len()).saturating_sub(TAIL_MAX);
+        kept.tail.drain(..excess);
+        kept.tail.extend(end);
         if self.echo {
-            let _ = std::io::stderr().write_all(bytes);
+            let lines = take_lines(&mut kept.line, bytes);
+            if !lines.is_empty() {
+                let _ = std::io::stderr().write_all(&lines);
+            }
         }
         Ok(bytes.len())
     }
 
+    /// Shows whoever watches a line that was not ended.
     fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
+        let line = std::mem::take(&mut self.kept().line);
+        std::io::stderr().write_all(&line)
     }
 }
 
@@ -104,6 +131,16 @@ impl VirtioDevice for Console {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lines_are_shown_whole_and_long_ones_in_pieces() {
+        let mut line = Vec::new();
+        assert_eq!(take_lines(&mut line, b"one"), b"");
+        assert_eq!(take_lines(&mut line, b"\ntwo\nthr"), b"one\ntwo\n");
+        assert_eq!(take_lines(&mut line, b"ee\n"), b"three\n");
+        assert_eq!(take_lines(&mut line, &[b'x'; LINE_MAX]).len(), LINE_MAX);
+        assert_eq!(line, b"");
+    }
 
     #[test]
     fn the_tail_keeps_the_end() {

@@ -4,6 +4,7 @@
 //! front end, by going away. Each arrives as an [`End`] at the event loop, which then delivers what the guest had
 //! already said and returns.
 
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex};
@@ -135,6 +136,8 @@ fn run_machine(
     confine(jailer::Thread::EventLoop);
     let end = wait(&mut events, &ended)?;
     drop(events);
+    // Fails when nobody watches any more.
+    let _ = machine.console.flush();
     match streams {
         Some(streams) => Ok(finish(&machine, end, &ended, ports, streams, front_end)),
         None => match end {
