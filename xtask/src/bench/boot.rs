@@ -22,13 +22,16 @@ use super::report::Boot;
 const MEMORY_MIB: u32 = 512;
 
 /// The words of our monitor's command line that are not about devices which only it has.
-const COMMAND_LINE: &str = "reboot=t panic=-1 quiet tsc=reliable noreplace-smp 8250.nr_uarts=0 random.trust_cpu=on";
+const COMMAND_LINE: &str =
+    "reboot=t panic=-1 quiet tsc=reliable noreplace-smp 8250.nr_uarts=0 random.trust_cpu=on swiotlb=noforce";
 
 /// Who boots a VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Monitor {
     /// `cofferdam-vmm`.
     Cofferdam,
+    /// `cofferdam-vmm` with a serial port, to which the kernel prints everything.
+    CofferdamSerial,
     /// `firecracker`.
     Firecracker,
 }
@@ -38,6 +41,7 @@ impl Monitor {
     pub fn name(self) -> String {
         match self {
             Self::Cofferdam => "cofferdam-vmm".to_owned(),
+            Self::CofferdamSerial => "cofferdam-vmm, serial port".to_owned(),
             Self::Firecracker => "firecracker".to_owned(),
         }
     }
@@ -53,7 +57,7 @@ impl Monitor {
         }
         let listener = UnixListener::bind(&port).with_context(|| format!("cannot listen at {}", port.display()))?;
         let mut command = match self {
-            Self::Cofferdam => {
+            Self::Cofferdam | Self::CofferdamSerial => {
                 let mut command = Command::new(place.bench.join("cofferdam-vmm"));
                 command.arg("--config").arg(&config);
                 command
@@ -65,6 +69,10 @@ impl Monitor {
             }
         };
         command.stdin(Stdio::null()).stdout(Stdio::null());
+        // The monitor copies every byte of the port there: a slow reader would be measured.
+        if self == Self::CofferdamSerial {
+            command.stderr(Stdio::null());
+        }
         entry.map_or(Ok(()), Entry::arm)?;
         let mut running = process::spawn(&mut command)?;
         let began = running.began;
@@ -92,12 +100,13 @@ impl Monitor {
         let (kernel, initramfs) = (place.bench.join("vmlinux"), place.bench.join("initramfs.cpio"));
         let (drive, socket) = (place.rootfs()?, place.run.join("vsock"));
         Ok(match self {
-            Self::Cofferdam => json!({ "vm": {
+            Self::Cofferdam | Self::CofferdamSerial => json!({ "vm": {
                 "kernel": kernel,
                 "initramfs": initramfs,
                 "memory_mib": MEMORY_MIB,
                 "drives": [{ "file": { "path": drive }, "read_only": true }],
                 "vsock": socket,
+                "serial": self == Self::CofferdamSerial,
             } }),
             Self::Firecracker => json!({
                 "boot-source": {

@@ -116,7 +116,7 @@ fn starts(place: &Place, runs: u32) -> Result<Vec<Series<super::report::Start>>>
 }
 
 fn boots(place: &Place, runs: u32) -> Result<Vec<Series<super::report::Boot>>> {
-    let mut monitors = vec![Monitor::Cofferdam];
+    let mut monitors = vec![Monitor::Cofferdam, Monitor::CofferdamSerial];
     if place.bench.join("firecracker").exists() {
         monitors.push(Monitor::Firecracker);
     }
