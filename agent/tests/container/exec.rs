@@ -6,7 +6,7 @@ use std::net::Shutdown;
 use protocol::container::WindowSize;
 use protocol::{Call, FailureKind, FromAgent};
 
-use crate::host::{Host, Output, first, further, read_all};
+use crate::host::{Host, Output, first, further, read_all, read_until};
 use crate::image::{Image, process, script};
 
 /// A host with a container `c` that waits to be killed.
@@ -124,12 +124,7 @@ fn a_terminal_can_be_resized_and_ends_with_its_process() {
     host.call(Call::Exec { container: "c".into(), process: "p".into(), spec: Box::new(spec) }).unwrap();
     let (mut terminal, _) = listener.accept().unwrap();
     terminal.write_all(b"hello\n").unwrap();
-    let mut output = String::new();
-    let mut byte = [0];
-    while !output.contains("got hello\r\n") {
-        terminal.read_exact(&mut byte).unwrap();
-        output.push(byte[0].into());
-    }
+    let output = read_until(&mut terminal, "got hello\r\n");
     for text in ["24 80\r\n", "/dev/pts/0\r\n", "xterm\r\n"] {
         assert!(output.contains(text), "{text:?} is missing: {output:?}");
     }

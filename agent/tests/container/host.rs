@@ -302,6 +302,16 @@ pub struct Output {
     pub code: u8,
 }
 
+/// What a stream says up to a text and with it, and nothing that comes behind.
+pub fn read_until(stream: &mut UnixStream, text: &str) -> String {
+    let (mut output, mut byte) = (String::new(), [0]);
+    while !output.contains(text) {
+        stream.read_exact(&mut byte).unwrap();
+        output.push(byte[0].into());
+    }
+    output
+}
+
 pub fn read_all(stream: &mut UnixStream) -> String {
     let mut bytes = Vec::new();
     stream.read_to_end(&mut bytes).unwrap();

@@ -1,11 +1,11 @@
 //! What a program finds: namespaces, file systems, privileges, limits, a terminal.
 
-use std::io::{Read, Write};
+use std::io::Write;
 
 use protocol::container::{Mount, MountSource, Rlimit, Seccomp, WindowSize};
 use protocol::{Call, FailureKind};
 
-use crate::host::{Host, first, read_all};
+use crate::host::{Host, first, read_all, read_until};
 use crate::image::Image;
 use crate::run;
 
@@ -209,12 +209,7 @@ fn a_terminal_is_the_controlling_one_and_can_be_resized() {
     let (mut terminal, _) = listener.accept().unwrap();
     host.start("c").unwrap();
     terminal.write_all(b"hello\n").unwrap();
-    let mut output = String::new();
-    let mut byte = [0];
-    while !output.contains("got hello\r\n") {
-        terminal.read_exact(&mut byte).unwrap();
-        output.push(byte[0].into());
-    }
+    let output = read_until(&mut terminal, "got hello\r\n");
     for text in ["24 80\r\n", "/dev/pts/0\r\n", "xterm\r\n"] {
         assert!(output.contains(text), "{text:?} is missing: {output:?}");
     }
