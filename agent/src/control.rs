@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rustix::process::{DumpableBehavior, Pid, WaitOptions, WaitStatus, set_dumpable_behavior, wait};
 use thiserror::Error;
 
-use crate::container::{Container, Event, Plan};
+use crate::container::{Container, Event, Plan, Streams};
 use crate::pids::Home;
 use crate::{clock, sys};
 
@@ -42,6 +42,8 @@ enum Token {
     Control,
     Children,
     Container(usize, Event),
+    /// A stream of a process that has ended.
+    Leaving(usize, usize),
 }
 
 struct Agent<D> {
@@ -51,6 +53,8 @@ struct Agent<D> {
     /// Answers that the control connection has not taken yet.
     unsent: Vec<u8>,
     containers: Vec<Container>,
+    /// Streams of processes that have ended, until the host has taken all of their output.
+    leaving: Vec<Streams>,
     home: Home,
     dial: D,
 }
@@ -72,7 +76,8 @@ pub fn serve(
     // A child is in a container's pid namespace before it has let go of what the agent may: nobody there may look into it.
     set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(step("close the agent's memory to others"))?;
     let home = Home::new().map_err(step("refer to the agent's own pid namespace"))?;
-    let mut agent = Agent { control, children, decoder, unsent: Vec::new(), containers: Vec::new(), home, dial };
+    let (unsent, containers, leaving) = (Vec::new(), Vec::new(), Vec::new());
+    let mut agent = Agent { control, children, decoder, unsent, containers, leaving, home, dial };
     let hello = Hello { magic: MAGIC, version: VERSION, started_us, ready_us: clock::boot_us() };
     agent.send(&FromAgent::Hello(hello))?;
     let result = agent.run();
@@ -101,8 +106,14 @@ impl<D: FnMut(u32) -> io::Result<OwnedFd>> Agent<D> {
                             container.handle(event);
                         }
                     }
+                    Token::Leaving(index, stream) => {
+                        if let Some(streams) = self.leaving.get_mut(index) {
+                            streams.run(stream);
+                        }
+                    }
                 }
             }
+            self.leaving.retain(|streams| !streams.have_ended());
             self.act();
             self.tell()?;
         }
@@ -118,6 +129,12 @@ impl<D: FnMut(u32) -> io::Result<OwnedFd>> Agent<D> {
                 tokens.push(Token::Container(index, event));
             });
         }
+        for (index, streams) in self.leaving.iter().enumerate() {
+            streams.interests(|fd, flags, stream| {
+                polled.push(PollFd::from_borrowed_fd(fd, flags));
+                tokens.push(Token::Leaving(index, stream));
+            });
+        }
         // One request at a time: while an answer waits to be sent, no more questions are taken.
         let flags = if self.unsent.is_empty() { PollFlags::IN } else { PollFlags::OUT };
         polled.extend([PollFd::new(&self.children, PollFlags::IN), PollFd::new(&self.control, flags)]);
@@ -129,9 +146,9 @@ impl<D: FnMut(u32) -> io::Result<OwnedFd>> Agent<D> {
         let ready = polled.iter().zip(&tokens).filter(|(fd, _)| !fd.revents().is_empty());
         // From the back, so that the removal of a pump leaves the indices of those still to come alone.
         let mut ready: Vec<Token> = ready.map(|(_, token)| *token).collect();
-        let behind = ready.iter().filter(|token| !matches!(token, Token::Container(..))).count();
-        let containers = ready.len() - behind;
-        ready[..containers].reverse();
+        let behind = ready.iter().filter(|token| matches!(token, Token::Children | Token::Control)).count();
+        let front = ready.len() - behind;
+        ready[..front].reverse();
         Ok(ready)
     }
 
@@ -266,6 +283,7 @@ impl<D: FnMut(u32) -> io::Result<OwnedFd>> Agent<D> {
             && let Some(container) = self.containers.get_mut(index)
         {
             let (words, over) = container.settle();
+            self.leaving.extend(container.take_leaving());
             if over {
                 // The cgroup goes with it, so that the id is free when the host hears.
                 drop(self.containers.swap_remove(index));

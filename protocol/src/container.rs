@@ -51,6 +51,7 @@ pub struct Namespaces {
 
 /// Whose namespace a container is in.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Namespace {
     /// A new one.
     #[default]
@@ -61,6 +62,7 @@ pub enum Namespace {
 
 /// Whose network namespace a container is in.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum NetworkNamespace {
     /// The VM's: the VM is the network boundary.
     #[default]
@@ -110,6 +112,7 @@ pub struct Mount {
 
 /// What a mount shows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum MountSource {
     /// A new tmpfs.
     Tmpfs {
@@ -204,6 +207,7 @@ pub struct Rlimit {
 
 /// Which system calls a process may make.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Seccomp {
     /// The profile that docker and podman apply by default.
     Default,

@@ -216,9 +216,9 @@ impl Child {
         self.streams.finish();
     }
 
-    /// Whether it has ended and its output was written.
-    pub fn is_over(&self) -> bool {
-        self.exit_code.is_some() && self.streams.have_ended()
+    /// Its streams, which may have output left to write. For one that was reaped.
+    pub fn take_streams(&mut self) -> Streams {
+        std::mem::take(&mut self.streams)
     }
 
     /// Whether it has ended without having executed its program.

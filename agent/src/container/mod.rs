@@ -48,6 +48,7 @@ pub use cgroup::{MOUNT_POINT as CGROUP_MOUNT_POINT, enable_controllers};
 pub use error::SetupError;
 pub use namespaces::{Plan, Running};
 pub use rootfs::make_mount_points;
+pub use streams::Streams;
 
 use cgroup::{Cgroup, SIGKILL};
 use child::{Birthplace, Child, Stage};
@@ -58,7 +59,6 @@ use helper::Helper;
 use mounts::Standard;
 use namespaces::Join;
 use process::Process;
-use streams::Streams;
 
 use crate::pids::{self, Home};
 use crate::{clock, memory};
@@ -105,6 +105,8 @@ pub struct Container {
     processes: Vec<Process>,
     /// What is being done for a request by a process that is none of the container's.
     helpers: Vec<Helper>,
+    /// Streams of processes that have ended and were not taken yet.
+    leaving: Vec<Streams>,
     freezer: Freezer,
     /// How many processes the kernel had killed for want of memory when it was looked, and when it was told.
     oom_kills: [u64; 2],
@@ -172,6 +174,7 @@ impl Container {
             standard: None,
             processes: Vec::new(),
             helpers: Vec::new(),
+            leaving: Vec::new(),
             freezer: Freezer::default(),
             oom_kills: [0; 2],
             health: spec
@@ -306,6 +309,8 @@ impl Container {
         if self.first.exit_code().is_some() && !self.empty && !state.is_some_and(|state| state.populated) {
             self.empty = true;
             self.first.finish_streams();
+            // Nor does what is copied outlive it: whoever takes it may be slow.
+            self.helpers.iter().for_each(Helper::kill);
         }
         for request in state.map_or(Vec::new(), |state| self.freezer.observe(state.frozen)) {
             self.reply(request, Ok(Answer::Done));
@@ -367,6 +372,12 @@ impl Container {
         self.processes.is_empty() && self.helpers.is_empty() && unwatched
     }
 
+    /// The streams of processes that have ended, with output that the host has not taken yet. Its reader may be slow, and
+    /// the end of the process is told all the same.
+    pub fn take_leaving(&mut self) -> impl Iterator<Item = Streams> {
+        self.leaving.drain(..).filter(|streams| !streams.have_ended())
+    }
+
     /// What the host is to hear now, and whether it is the last word: then the container is to be dropped.
     pub fn settle(&mut self) -> (Vec<FromAgent>, bool) {
         match (self.phase, self.first.stage()) {
@@ -384,12 +395,13 @@ impl Container {
         }
         self.settle_processes();
         self.settle_health();
-        let over = self.empty && self.first.is_over() && self.is_alone();
+        let over = self.empty && self.first.exit_code().is_some() && self.is_alone();
         if over {
             self.oom_kills[0] = self.cgroup.oom_kills();
         }
         self.tell_of_memory();
         if over {
+            self.leaving.push(self.first.take_streams());
             self.say_last_words();
         }
         (std::mem::take(&mut self.outbox), over)
@@ -397,7 +409,13 @@ impl Container {
 
     fn settle_processes(&mut self) {
         let (id, ended) = (&self.id, self.first.exit_code().is_some());
-        self.processes.retain_mut(|process| process.settle(id, ended, &mut self.outbox));
+        self.processes.retain_mut(|process| {
+            let stays = process.settle(id, ended, &mut self.outbox);
+            if !stays {
+                self.leaving.push(process.child.take_streams());
+            }
+            stays
+        });
         let replies = self.helpers.iter_mut().filter_map(Helper::take_reply);
         self.outbox.extend(replies.map(|(id, result)| FromAgent::Reply { id, result }));
         self.helpers.retain(|helper| !helper.is_over());

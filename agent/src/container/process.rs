@@ -44,7 +44,7 @@ impl Process {
             }
             Stage::SettingUp | Stage::Told => {}
         }
-        let Some(code) = self.child.exit_code().filter(|_| self.child.is_over()) else { return true };
+        let Some(code) = self.child.exit_code() else { return true };
         outbox.push(match self.request.take().filter(|_| self.child.has_failed()) {
             Some(id) => FromAgent::Reply { id, result: Err(self.failure(container, container_ended)) },
             None => FromAgent::ProcessExited { container: container.to_owned(), process: self.id.clone(), code },
