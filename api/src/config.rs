@@ -29,9 +29,46 @@ const COMMAND_LINE_MAX: usize = 1024;
 pub struct LaunchConfig {
     /// The machine.
     pub vm: VmConfig,
-    /// The container to run in it. Without one the VM runs until its guest powers off.
+    /// The container that it is for: created and started at once, and the VM ends with it. Without one the VM runs until
+    /// its guest powers off or it is told to end.
     #[serde(default)]
-    pub container: Option<ContainerSpec>,
+    pub container: Option<ContainerConfig>,
+    /// The state directory, for the container's log and the record of its end.
+    #[serde(default)]
+    pub folder: Option<PathBuf>,
+    /// Whether the container is started again when it has ended; needs a state directory.
+    #[serde(default)]
+    pub restart: Option<RestartPolicy>,
+}
+
+/// When a container that has ended is started again, unless somebody wanted it to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RestartPolicy {
+    /// Whatever its exit code.
+    Always,
+    /// When it failed.
+    OnFailure {
+        /// The most restarts in a row; `null` for any number.
+        most: Option<u32>,
+    },
+}
+
+/// The container that a VM is for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ContainerConfig {
+    /// The container, as the agent sets it up. Its stdio ports are chosen by the monitor.
+    pub spec: ContainerSpec,
+    /// Whether its program reads what is attached to it; otherwise `/dev/null`.
+    #[serde(default)]
+    pub stdin: bool,
+    /// Whether its standard input ends with that of the first client that is attached.
+    #[serde(default)]
+    pub stdin_once: bool,
+    /// Whether to wait for somebody to be attached before any output is read, so that they miss none.
+    #[serde(default)]
+    pub wait_for_attach: bool,
 }
 
 /// A machine.

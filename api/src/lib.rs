@@ -2,16 +2,22 @@
 //!
 //! # Layout
 //! - [`config`]: the document that a monitor is started with, and what is refused in it.
-//! - [`control`]: what a front end and a running monitor say to each other over the control socket.
-//! - [`session`]: the conversation with the guest agent: one container, from its creation to its exit.
-//! - [`stdio`]: the streams of a foreground container.
+//! - [`model`]: the documents of the REST API.
+//! - [`server`]: the API itself: one per VM, in its monitor.
+//! - [`client`]: the same API from a front end's side.
+//! - [`log`], [`record`]: what a container leaves on disk: what it wrote, and how it ended.
+//! - [`control`], [`session`]: exit codes, times, and errors that both sides know.
 //!
 //! This crate knows containers and their agent; it knows neither KVM nor devices. The monitor (`vmm`) depends on it,
 //! and every front end speaks through it.
 
 #![forbid(unsafe_code)]
 
+pub mod client;
 pub mod config;
 pub mod control;
+pub mod log;
+pub mod model;
+pub mod record;
+pub mod server;
 pub mod session;
-pub mod stdio;

@@ -3,8 +3,9 @@
 use anyhow::Context as _;
 use runtime::doctor::{Check, Verdict, examine};
 
-use crate::args::{Doctor, Format};
+use crate::args::Doctor;
 use crate::report;
+use crate::show::Format;
 
 /// Makes the checks. Exit code 1 when one fails: no container runs then.
 pub fn doctor(args: &Doctor) -> anyhow::Result<u8> {
@@ -15,8 +16,8 @@ pub fn doctor(args: &Doctor) -> anyhow::Result<u8> {
         }
     });
     written.context("cannot write to standard output")?;
-    if args.format == Format::Json {
-        report::print(&format!("{}\n", serde_json::to_string_pretty(&checks)?))?;
+    if args.format != Format::Table {
+        report::print(&args.format.show(&checks, |_| String::new())?)?;
     }
     Ok(u8::from(checks.iter().any(|check| check.verdict == Verdict::Failure)))
 }

@@ -4,9 +4,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use chrono::DateTime;
 use image::{PullOptions, Reference, Store, Summary};
+use runtime::control::Control;
+use runtime::state::RunRoot;
 use serde::Serialize;
 
-use crate::args::{Format, Images, Prune, Pull, Rmi};
+use crate::args::{Images, Prune, Pull, Rmi};
 use crate::progress;
 use crate::report;
 use crate::table;
@@ -30,11 +32,7 @@ pub fn pull(args: &Pull) -> anyhow::Result<u8> {
 /// Shows what is in the store.
 pub fn list(args: &Images) -> anyhow::Result<u8> {
     let images = store()?.list()?;
-    let text = match (args.quiet, args.format) {
-        (true, _) => ids(&images),
-        (false, Format::Table) => rows(&images),
-        (false, Format::Json) => json(&images)?,
-    };
+    let text = if args.quiet { ids(&images) } else { args.format.show(&json(&images), |_| rows(&images))? };
     report::print(&text)?;
     Ok(0)
 }
@@ -61,8 +59,17 @@ pub fn remove(args: &Rmi) -> anyhow::Result<u8> {
 
 /// Removes what nobody needs.
 pub fn prune(_args: &Prune) -> anyhow::Result<u8> {
+    let mut text = String::new();
+    let root = RunRoot::open()?;
+    root.sweep();
+    let dead = root.list()?.into_iter().filter(|found| !found.alive);
+    for control in dead.map(|found| Control::new(&root, found)) {
+        let id = control.found.record.id.clone();
+        runtime::run::runtime()?.block_on(control.remove(false))?;
+        text.push_str(&format!("Deleted: {id}\n"));
+    }
     let pruned = store()?.prune()?;
-    let mut text: String = pruned.images.iter().map(|id| format!("Deleted: {id}\n")).collect();
+    text.extend(pruned.images.iter().map(|id| format!("Deleted: {id}\n")));
     text.push_str(&format!("Total reclaimed space: {}\n", table::bytes(pruned.freed_bytes)));
     report::print(&text)?;
     Ok(0)
@@ -108,26 +115,27 @@ fn age(created: &str, now: u64) -> String {
     table::ago(now.saturating_sub(u64::try_from(time.timestamp()).unwrap_or(0)))
 }
 
-fn json(images: &[Summary]) -> anyhow::Result<String> {
-    #[derive(Serialize)]
-    struct Row<'a> {
-        id: &'a str,
-        repository: Option<&'a str>,
-        tag: Option<&'a str>,
-        created: Option<&'a str>,
-        size_bytes: u64,
-    }
-    let row = |image: &'_ Summary| {
-        serde_json::to_value(Row {
+/// An image, for programs.
+#[derive(Debug, Serialize)]
+struct Row<'a> {
+    id: &'a str,
+    repository: Option<&'a str>,
+    tag: Option<&'a str>,
+    created: Option<&'a str>,
+    size_bytes: u64,
+}
+
+fn json(images: &[Summary]) -> Vec<Row<'_>> {
+    images
+        .iter()
+        .map(|image| Row {
             id: &image.id,
             repository: image.repository.as_deref(),
             tag: image.tag.as_deref(),
             created: image.created.as_deref(),
             size_bytes: image.size_bytes,
         })
-    };
-    let rows = images.iter().map(row).collect::<Result<Vec<_>, _>>()?;
-    Ok(format!("{}\n", serde_json::to_string_pretty(&rows)?))
+        .collect()
 }
 
 #[cfg(test)]
@@ -165,7 +173,8 @@ mod tests {
 
     #[test]
     fn json_is_an_array_of_objects() {
-        let value: serde_json::Value = serde_json::from_str(&json(&[summary(None, "a")]).unwrap()).unwrap();
+        let images = [summary(None, "a")];
+        let value = serde_json::to_value(json(&images)).unwrap();
         assert_eq!(value[0]["size_bytes"], 4_261_000);
         assert!(value[0]["repository"].is_null());
     }

@@ -17,18 +17,12 @@ pub struct Later {
     publish: Vec<String>,
     #[arg(short = 'P', long, hide = true)]
     publish_all: bool,
-    #[arg(short, long, hide = true)]
-    detach: bool,
     #[arg(long, hide = true)]
     device: Vec<String>,
     #[arg(long, hide = true)]
     add_host: Vec<String>,
     #[arg(long, hide = true)]
     dns: Vec<String>,
-    #[arg(short, long, hide = true)]
-    label: Vec<String>,
-    #[arg(long, hide = true)]
-    restart: Option<String>,
     #[arg(long, hide = true)]
     init: bool,
     #[arg(long, hide = true)]
@@ -55,12 +49,9 @@ impl Later {
             ("--volumes-from", !self.volumes_from.is_empty()),
             ("-p/--publish", !self.publish.is_empty()),
             ("-P/--publish-all", self.publish_all),
-            ("-d/--detach", self.detach),
             ("--device", !self.device.is_empty()),
             ("--add-host", !self.add_host.is_empty()),
             ("--dns", !self.dns.is_empty()),
-            ("-l/--label", !self.label.is_empty()),
-            ("--restart", self.restart.is_some()),
             ("--init", self.init),
         ];
         if let Some((flag, _)) = given.iter().find(|(_, given)| *given) {

@@ -1,29 +1,120 @@
-//! `run`: from the command line to a request, from a finished run to an exit code.
+//! `run`, `create` and `start`: from the command line to a request, from a finished run to an exit code.
 
 use std::env;
 use std::path::Path;
 
 use anyhow::bail;
 use image::{Image, PullOptions, Reference, Store};
+use runtime::control::Control;
 use runtime::env_file;
 use runtime::request::RunRequest;
-use runtime::run::{Finished, Plan};
+use runtime::run::{Container, Finished, Plan, RunError};
 use runtime::size::MIB;
+use runtime::state::{RunRoot, StateError};
 use runtime::timeline::{self, RunTimeline, TIMELINE_VARIABLE};
 
-use crate::args::{Run, When};
+use crate::args::{ContainerFlags, Create, Run, Start, When};
 use crate::progress;
 use crate::report;
 
-/// Runs a container to its end, and gives its exit code.
+/// Runs a container, to its end unless it is to be left running, and gives its exit code.
 pub fn run(args: Run, started: u64) -> anyhow::Result<u8> {
-    args.later.refuse(args.network.as_deref())?;
-    let (pull, quiet) = (args.pull, args.quiet);
-    let (image, request) = request(args)?;
+    let Run { detach, container } = args;
+    let (image, container) = make(container, detach)?;
+    if detach {
+        return detached(container, &image);
+    }
+    attached(container, &image, started)
+}
+
+/// Makes a container, and shows its id.
+pub fn create(args: Create) -> anyhow::Result<u8> {
+    let (_, container) = make(args.container, true)?;
+    report::print(&format!("{}\n", container.keep()))?;
+    Ok(0)
+}
+
+/// Starts containers that were made before. All of them are tried.
+pub fn start(args: &Start, started: u64) -> anyhow::Result<u8> {
+    let attach = args.attach || args.interactive;
+    if attach && args.names.containers.len() > 1 {
+        bail!("only one container can be attached to: give one, or leave out -a and -i");
+    }
+    let mut code = 0;
+    for name in &args.names.containers {
+        match start_one(name, attach.then_some(args.interactive), started) {
+            Ok(ended) => code = ended,
+            Err(error) if attach => return Err(error),
+            Err(error) => {
+                report::error(&format!("{error:#}"));
+                code = 1;
+            }
+        }
+    }
+    Ok(code)
+}
+
+/// Starts a container; `attach` says whether to attach, and then whether to its standard input too.
+fn start_one(name: &str, attach: Option<bool>, started: u64) -> anyhow::Result<u8> {
+    let root = RunRoot::open()?;
+    let control = Control::find(&root, name)?;
+    // One that has just ended may have a monitor that says goodbye.
+    runtime::run::runtime()?.block_on(control.settle())?;
+    let state = match root.take(&control.found) {
+        // It runs: as docker has it, that is what was asked for.
+        Err(StateError::Alive { .. }) if attach.is_none() => {
+            report::print(&format!("{name}\n"))?;
+            return Ok(0);
+        }
+        taken => taken?,
+    };
+    let mut record = control.found.record.clone();
+    if let Some(interactive) = attach {
+        record.container.stdin &= interactive;
+    }
+    let store = Store::open(&Store::default_root())?;
+    let id = record.image_id.strip_prefix("sha256:").unwrap_or(&record.image_id);
+    let Some(image) = store.find(&id.parse()?)? else {
+        return Err(RunError::ImageGone { image: record.image, id: record.id }.into());
+    };
+    let container = Container::again(record, state)?;
+    if attach.is_some() {
+        return attached(container, &image, started);
+    }
+    container.start_detached(&image)?;
+    report::print(&format!("{name}\n"))?;
+    Ok(0)
+}
+
+/// Makes a container, and gives it with its image.
+fn make(flags: ContainerFlags, detached: bool) -> anyhow::Result<(Image, Container)> {
+    flags.later.refuse(flags.network.as_deref())?;
+    let (pull, quiet) = (flags.pull, flags.quiet);
+    let (name, mut request) = request(flags)?;
+    request.detached = detached;
     let plan = Plan::new(request)?;
-    let image = find(&image, pull, quiet)?;
+    let image = find(&name, pull, quiet)?;
+    let container = plan.create(&image, &name)?;
+    Ok((image, container))
+}
+
+fn detached(container: Container, image: &Image) -> anyhow::Result<u8> {
+    match container.start_detached(image) {
+        Ok(id) => {
+            report::print(&format!("{id}\n"))?;
+            Ok(0)
+        }
+        Err(RunError::Failed { message, exit_code }) => {
+            report::error(&message);
+            Ok(exit_code)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn attached(container: Container, image: &Image, started: u64) -> anyhow::Result<u8> {
     let mut times = RunTimeline { cli_started: started, image_found: timeline::now(), ..RunTimeline::default() };
-    let finished = plan.run(&image, &mut times)?;
+    let finished = container.run(image, &mut times)?;
     // The exit code stays the container's: what it did counts, whatever becomes of our notes.
     if let Some(path) = env::var_os(TIMELINE_VARIABLE)
         && let Err(error) = times.append(Path::new(&path))
@@ -51,7 +142,7 @@ fn exit_code(finished: &Finished) -> u8 {
 }
 
 /// The image's name, and everything else that was asked for.
-fn request(args: Run) -> anyhow::Result<(String, RunRequest)> {
+fn request(args: ContainerFlags) -> anyhow::Result<(String, RunRequest)> {
     let mut words = args.words.into_iter();
     let Some(image) = words.next() else { bail!("no image was given") };
     let mut environment = Vec::new();
@@ -83,8 +174,20 @@ fn request(args: Run) -> anyhow::Result<(String, RunRequest)> {
         capabilities_dropped: args.cap_drop,
         security: args.security_opt,
         kernel: args.kernel,
+        detached: false,
+        remove: args.rm,
+        restart: args.restart,
+        stop_signal: args.stop_signal,
+        labels: args.label.iter().map(|label| labelled(label)).collect(),
+        no_healthcheck: args.no_healthcheck,
     };
     Ok((image, request))
+}
+
+/// A label's name and value.
+fn labelled(text: &str) -> (String, String) {
+    let (name, value) = text.split_once('=').unwrap_or((text, ""));
+    (name.to_owned(), value.to_owned())
 }
 
 /// The image from the store, or from where its name says.

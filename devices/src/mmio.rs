@@ -18,6 +18,7 @@ use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
 };
+use virtio_bindings::virtio_ids;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::QueueT;
 
@@ -79,6 +80,26 @@ impl MmioDevice {
             driver_features_high: false,
             selected_queue: 0,
         })
+    }
+
+    /// The device's kind in a word.
+    pub fn kind(&self) -> &'static str {
+        match self.device.device_type() {
+            virtio_ids::VIRTIO_ID_VSOCK => "vsock",
+            virtio_ids::VIRTIO_ID_BLOCK => "block",
+            virtio_ids::VIRTIO_ID_RNG => "entropy",
+            virtio_ids::VIRTIO_ID_CONSOLE => "console",
+            _ => "unknown",
+        }
+    }
+
+    /// How far its driver is, in a word.
+    pub fn driver_status(&self) -> &'static str {
+        match self.status {
+            status if status & (NEEDS_RESET | FAILED) != 0 => "broken",
+            status if status & DRIVER_OK != 0 => "ready",
+            _ => "reset",
+        }
     }
 
     /// The device's interrupt.

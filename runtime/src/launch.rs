@@ -1,20 +1,30 @@
 //! Starting a monitor: one `posix_spawn`, which neither copies page tables nor runs anything of ours in the child.
 
 use std::env;
-use std::ffi::{CString, NulError, OsString};
-use std::io;
+use std::ffi::{CStr, CString, NulError, OsString};
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use api::client::SOCKET;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawn};
 use nix::sys::signal::SigSet;
 use nix::sys::stat::Mode;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::fs::{Mode as FileMode, OFlags, open};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
 use thiserror::Error;
+
+use crate::state::StateDirectory;
+
+/// The file in a state directory that takes what the monitor writes to its standard error.
+const ERRORS: &str = "monitor.log";
+/// How much of it is read.
+const ERRORS_MAX: u64 = 256 << 10;
 
 /// Why a monitor was not started.
 #[derive(Debug, Error)]
@@ -44,12 +54,12 @@ pub enum LaunchError {
 pub struct Launch<'a> {
     /// The executable.
     pub monitor: &'a Path,
-    /// The document.
+    /// The container's state directory.
+    pub state: &'a StateDirectory,
+    /// The document in it.
     pub config: &'a Path,
     /// A descriptor to hand down under its own number.
     pub image: BorrowedFd<'a>,
-    /// Whether the monitor reads our standard input; otherwise /dev/null is its own.
-    pub stdin: bool,
     /// The signal mask that it gets.
     pub mask: &'a SigSet,
 }
@@ -63,39 +73,40 @@ pub enum Ending {
     Killed(i32),
 }
 
-/// A monitor that was started. Dropping it before [`Monitor::reap`] kills it, so that none is ever left behind.
+/// A monitor that was started. Dropping it kills it, unless it was [released](Monitor::release).
 #[derive(Debug)]
 pub struct Monitor {
     /// Readable when it has ended.
     pub process: OwnedFd,
-    /// Our end of the control socket.
-    pub control: OwnedFd,
-    reaped: bool,
+    /// Its process id.
+    pub pid: Pid,
+    owned: bool,
+    /// How it has ended, once it was waited for.
+    ended: Option<Ending>,
 }
 
 impl Launch<'_> {
-    /// Starts it. Its standard streams are ours.
+    /// Starts it, in a session of its own and without our standard streams: it outlives us. It inherits the lock of the
+    /// state directory, and the socket of its API, which can be connected to from now on.
     ///
     /// # Errors
     /// [`LaunchError::Spawn`] names the monitor.
     pub fn spawn(&self) -> Result<Monitor, LaunchError> {
         let failed = |source| LaunchError::Spawn { path: self.monitor.to_owned(), source };
-        let made =
-            socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None);
-        let (ours, theirs) = made.map_err(|errno| failed(errno.into()))?;
-        // The monitor decides itself how it reads its end.
-        rustix::io::ioctl_fionbio(&theirs, false).map_err(|errno| failed(errno.into()))?;
+        let listener = self.listen().map_err(failed)?;
         let arguments = [
             c_string(self.monitor)?,
             c"--config".to_owned(),
             c_string(self.config)?,
-            c"--control-fd".to_owned(),
-            c_string(Path::new(&theirs.as_raw_fd().to_string()))?,
+            c"--api-fd".to_owned(),
+            c_string(Path::new(&listener.as_raw_fd().to_string()))?,
         ];
+        let errors = c_string(&self.state.path().join(ERRORS))?;
         let spawn = || {
-            let actions = self.actions(&theirs)?;
+            let actions = self.actions(&listener, &errors)?;
             let mut attributes = PosixSpawnAttr::init()?;
-            attributes.set_flags(PosixSpawnFlags::POSIX_SPAWN_SETSIGMASK)?;
+            let flags = PosixSpawnFlags::POSIX_SPAWN_SETSIGMASK.bits() | i32::from(libc::POSIX_SPAWN_SETSID);
+            attributes.set_flags(PosixSpawnFlags::from_bits_retain(flags))?;
             attributes.set_sigmask(self.mask)?;
             posix_spawn(self.monitor, &actions, &attributes, &arguments, &environment())
         };
@@ -103,7 +114,7 @@ impl Launch<'_> {
         let pid = Pid::from_raw(pid.as_raw()).ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
         // The process is our child and has not been waited for: its id cannot be another one's yet.
         match pidfd_open(pid, PidfdFlags::empty()) {
-            Ok(process) => Ok(Monitor { process, control: ours, reaped: false }),
+            Ok(process) => Ok(Monitor { process, pid, owned: true, ended: None }),
             Err(errno) => {
                 _ = rustix::process::kill_process(pid, Signal::KILL);
                 _ = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED);
@@ -112,17 +123,36 @@ impl Launch<'_> {
         }
     }
 
-    fn actions(&self, control: &OwnedFd) -> Result<PosixSpawnFileActions, Errno> {
+    /// Binds the API's socket, through the directory's descriptor: an address has room for 107 bytes, a path may be longer.
+    fn listen(&self) -> io::Result<UnixListener> {
+        self.state.forget(SOCKET);
+        let folder = open(self.state.path(), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, FileMode::empty())?;
+        // The directory is its owner's alone.
+        UnixListener::bind(format!("/proc/self/fd/{}/{SOCKET}", folder.as_raw_fd()))
+    }
+
+    fn actions(&self, listener: &UnixListener, errors: &CStr) -> Result<PosixSpawnFileActions, Errno> {
         let mut actions = PosixSpawnFileActions::init()?;
-        if !self.stdin {
-            actions.add_open(0, c"/dev/null", OFlag::O_RDONLY, Mode::empty())?;
-        }
+        actions.add_open(0, c"/dev/null", OFlag::O_RDWR, Mode::empty())?;
+        actions.add_dup2(0, 1)?;
+        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC | OFlag::O_APPEND;
+        actions.add_open(2, errors, flags, Mode::from_bits_retain(0o600))?;
         // A descriptor duplicated onto itself loses its close-on-exec flag in the child alone.
-        for descriptor in [control.as_raw_fd(), self.image.as_raw_fd()] {
+        let lock = self.state.lock().map(|lock| lock.as_raw_fd());
+        for descriptor in [listener.as_raw_fd(), self.image.as_raw_fd()].into_iter().chain(lock) {
             actions.add_dup2(descriptor, descriptor)?;
         }
         Ok(actions)
     }
+}
+
+/// What a monitor wrote to its standard error: the last line, which says why it ended.
+pub fn last_error(folder: &Path) -> Option<String> {
+    let mut bytes = Vec::new();
+    File::open(folder.join(ERRORS)).ok()?.take(ERRORS_MAX).read_to_end(&mut bytes).ok()?;
+    let text = String::from_utf8_lossy(&bytes);
+    let line = text.lines().rev().find(|line| !line.trim().is_empty())?;
+    Some(line.strip_prefix("error: ").unwrap_or(line).to_owned())
 }
 
 impl Monitor {
@@ -132,6 +162,11 @@ impl Monitor {
         _ = pidfd_send_signal(&self.process, Signal::KILL);
     }
 
+    /// Lets it live on without us.
+    pub fn release(&mut self) {
+        self.owned = false;
+    }
+
     /// Waits until it has ended.
     ///
     /// # Errors
@@ -139,6 +174,9 @@ impl Monitor {
     pub fn reap(&mut self) -> io::Result<Ending> {
         use std::os::fd::AsFd as _;
 
+        if let Some(ending) = self.ended {
+            return Ok(ending);
+        }
         let status = loop {
             match waitid(WaitId::PidFd(self.process.as_fd()), WaitIdOptions::EXITED) {
                 Ok(status) => break status.ok_or(io::ErrorKind::NotFound)?,
@@ -146,18 +184,20 @@ impl Monitor {
                 Err(errno) => return Err(errno.into()),
             }
         };
-        self.reaped = true;
-        match (status.exit_status(), status.terminating_signal()) {
-            (Some(code), _) => Ok(Ending::Exited(code)),
-            (None, Some(signal)) => Ok(Ending::Killed(signal)),
-            (None, None) => Err(io::ErrorKind::InvalidData.into()),
-        }
+        self.owned = false;
+        let ending = match (status.exit_status(), status.terminating_signal()) {
+            (Some(code), _) => Ending::Exited(code),
+            (None, Some(signal)) => Ending::Killed(signal),
+            (None, None) => return Err(io::ErrorKind::InvalidData.into()),
+        };
+        self.ended = Some(ending);
+        Ok(ending)
     }
 }
 
 impl Drop for Monitor {
     fn drop(&mut self) {
-        if !self.reaped {
+        if self.owned {
             self.kill();
             _ = self.reap();
         }

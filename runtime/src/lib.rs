@@ -4,27 +4,34 @@
 //! - [`request`]: what a user asks for, word by word; [`env_file`], [`capability`] and [`size`] read parts of it.
 //! - [`merge`]: who wins where an image's configuration and a request differ.
 //! - [`spec`]: the document that a monitor is started with.
-//! - [`paths`], [`state`], [`launch`], [`supervise`], [`terminal`], [`timeline`]: the parts of a run.
+//! - [`health`]: the health check of an image.
+//! - [`paths`], [`record`], [`state`], [`launch`]: where everything is, what is kept of a container, and its monitor.
+//! - [`attach`], [`signals`], [`terminal`], [`timeline`]: being a process's front end.
 //! - [`run`]: a run from its request to its exit code.
+//! - [`control`]: what can be done with a container that was made.
 //! - [`doctor`]: whether this host can run containers, and what to do where it cannot.
 //!
 //! # Invariants
-//! This crate starts monitors and never links one; it knows nothing of KVM. It has no threads, and an exit by any way
-//! leaves neither a process nor a file behind: what a SIGKILL leaves, the next run sweeps up.
+//! This crate starts monitors and never links one; it knows nothing of KVM. A container's monitor lives on without its front
+//! end; what a killed one leaves behind, the next run sweeps up.
 
 #![forbid(unsafe_code)]
 
+pub mod attach;
 pub mod capability;
+pub mod control;
 pub mod doctor;
 pub mod env_file;
+pub mod health;
 pub mod launch;
 pub mod merge;
 pub mod paths;
+pub mod record;
 pub mod request;
 pub mod run;
+pub mod signals;
 pub mod size;
 pub mod spec;
 pub mod state;
-pub mod supervise;
 pub mod terminal;
 pub mod timeline;

@@ -41,6 +41,12 @@ pub enum MergeError {
         /// The entry.
         entry: String,
     },
+    /// The image's health check.
+    #[error("the image's health check cannot be read: {reason}; leave it out with --no-healthcheck")]
+    HealthCheck {
+        /// What is wrong with it.
+        reason: String,
+    },
     /// More than fits into a process.
     #[error("arguments and environment have {bytes} bytes: at most {WORDS_MAX} fit")]
     TooLong {

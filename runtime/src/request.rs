@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use api::config::RestartPolicy;
 use protocol::container::{Mount, MountSource, Rlimit, Seccomp};
 use thiserror::Error;
 
@@ -54,6 +55,18 @@ pub struct RunRequest {
     pub security: Vec<SecurityOption>,
     /// `--kernel`.
     pub kernel: Option<PathBuf>,
+    /// Whether nobody is attached to it (`-d`, and containers that are only created).
+    pub detached: bool,
+    /// Whether it goes when it ends.
+    pub remove: bool,
+    /// Whether it is started again when it has ended.
+    pub restart: Restart,
+    /// The signal that asks its program to end.
+    pub stop_signal: Option<SignalName>,
+    /// Labels.
+    pub labels: Vec<(String, String)>,
+    /// Whether the image's health check is left out.
+    pub no_healthcheck: bool,
 }
 
 /// Why a word of the request was refused.
@@ -104,6 +117,18 @@ pub enum RequestError {
         text: String,
     },
     /// A size that is none.
+    #[error("{text:?} is not a signal: give a name like TERM, or a number from 1 to 64")]
+    Signal {
+        /// What was given.
+        text: String,
+    },
+    /// A restart policy that is unknown.
+    #[error("{text:?} is not a restart policy: give no, always, unless-stopped or on-failure[:NUMBER]")]
+    Restart {
+        /// What was given.
+        text: String,
+    },
+    /// An amount.
     #[error(transparent)]
     Size(#[from] SizeError),
 }
@@ -273,6 +298,65 @@ impl FromStr for SecurityOption {
     }
 }
 
+/// One `--restart`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Restart(pub Option<RestartPolicy>);
+
+impl FromStr for Restart {
+    type Err = RequestError;
+
+    fn from_str(text: &str) -> Result<Self, RequestError> {
+        let policy = match text.split_once(':') {
+            None => match text {
+                "no" => None,
+                // They differ in what a daemon does when it begins, and there is none.
+                "always" | "unless-stopped" => Some(RestartPolicy::Always),
+                "on-failure" => Some(RestartPolicy::OnFailure { most: None }),
+                _ => return Err(RequestError::Restart { text: text.to_owned() }),
+            },
+            Some(("on-failure", most)) => {
+                let most = most.parse().map_err(|_| RequestError::Restart { text: text.to_owned() })?;
+                Some(RestartPolicy::OnFailure { most: Some(most) })
+            }
+            Some(_) => return Err(RequestError::Restart { text: text.to_owned() }),
+        };
+        Ok(Self(policy))
+    }
+}
+
+/// A signal by its number on Linux x86-64, written as a name with or without `SIG`, or as the number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SignalName(pub u8);
+
+impl FromStr for SignalName {
+    type Err = RequestError;
+
+    fn from_str(text: &str) -> Result<Self, RequestError> {
+        let refused = || RequestError::Signal { text: text.to_owned() };
+        if let Ok(number) = text.parse::<u8>() {
+            return if (1..=64).contains(&number) { Ok(Self(number)) } else { Err(refused()) };
+        }
+        let name = text.to_ascii_uppercase();
+        let name = if name.starts_with("SIG") { name } else { format!("SIG{name}") };
+        if let Some(number) = real_time(&name) {
+            return Ok(Self(number));
+        }
+        let signal = nix::sys::signal::Signal::from_str(&name).map_err(|_| refused())?;
+        u8::try_from(signal as i32).map(Self).map_err(|_| refused())
+    }
+}
+
+/// `SIGRTMIN+N` and `SIGRTMAX-N` (signal(7)): 34 to 64.
+fn real_time(name: &str) -> Option<u8> {
+    let (base, rest) = if let Some(rest) = name.strip_prefix("SIGRTMIN") {
+        (34i32, rest)
+    } else {
+        (64, name.strip_prefix("SIGRTMAX")?)
+    };
+    let offset = if rest.is_empty() { 0 } else { rest.parse::<i32>().ok()? };
+    u8::try_from(base + offset).ok().filter(|number| (34..=64).contains(number))
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -341,6 +425,26 @@ mod tests {
         assert_eq!("core=-1".parse(), Ok(Ulimit(Rlimit { resource: 4, soft: u64::MAX, hard: u64::MAX })));
         for text in ["nofile", "nofile=", "nofile=2:1", "files=1", "nofile=1:2:3"] {
             assert!(text.parse::<Ulimit>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn signals_have_names_and_numbers() {
+        for (text, number) in [("TERM", 15), ("sigkill", 9), ("10", 10), ("RTMIN+3", 37), ("SIGRTMAX", 64)] {
+            assert_eq!(text.parse(), Ok(SignalName(number)), "{text}");
+        }
+        for text in ["", "0", "65", "SIGNONE", "RTMIN+99", "SIG"] {
+            assert!(text.parse::<SignalName>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn restart_policies_are_those_of_docker() {
+        assert_eq!("no".parse(), Ok(Restart(None)));
+        assert_eq!("unless-stopped".parse(), Ok(Restart(Some(RestartPolicy::Always))));
+        assert_eq!("on-failure:3".parse(), Ok(Restart(Some(RestartPolicy::OnFailure { most: Some(3) }))));
+        for text in ["", "on-failure:", "on-failure:-1", "always:1", "sometimes"] {
+            assert!(text.parse::<Restart>().is_err(), "{text}");
         }
     }
 

@@ -1,27 +1,36 @@
-//! One foreground run: check everything, make the state directory, start the monitor, follow it, clean up.
+//! From a request to a running container: check everything, make the state directory, start the monitor; and, in the
+//! foreground, be its front end until it ends.
 //!
 //! Nothing here waits but for the container. What can be done while the guest boots (sweeping up after killed runs) is
 //! done then.
 
 use std::env::{self, VarError};
+use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _};
-use std::path::PathBuf;
 
-use api::config::LaunchConfig;
-use api::control::{EXIT_FAILED, Failure};
+use api::client::{Client, ClientError};
+use api::config::{ContainerConfig, LaunchConfig};
+use api::control::EXIT_FAILED;
+use api::model::ContainerState;
+use api::record::End;
 use image::Image;
 use thiserror::Error;
 
-use crate::launch::{Ending, Launch, LaunchError};
+use crate::attach::{Attach, AttachError, Attached, Followed};
+use crate::launch::{Ending, Launch, LaunchError, Monitor, last_error};
 use crate::merge::MergeError;
 use crate::paths::{self, PathError};
-use crate::request::{EnvEntry, RunRequest};
+use crate::record::{self, Record};
+use crate::request::{EnvEntry, RequestError, RunRequest, SignalName};
+use crate::signals::Signals;
 use crate::size::{Host, SizeError, Sizes};
 use crate::spec::{self, ContainerId, SpecError};
-use crate::state::{RunRoot, StateError};
-use crate::supervise::{Outcome, Signals, SuperviseError, supervise};
-use crate::terminal::{self, RawMode, TerminalError};
+use crate::state::{RunRoot, StateDirectory, StateError};
+use crate::terminal::{self, TerminalError};
 use crate::timeline::{self, RunTimeline};
+
+/// The name of the document that a monitor is started with, in its state directory.
+pub(crate) const CONFIG: &str = "config.json";
 
 /// Why a container was not run.
 #[derive(Debug, Error)]
@@ -47,25 +56,59 @@ pub enum RunError {
     /// The monitor's start.
     #[error(transparent)]
     Launch(#[from] LaunchError),
-    /// The monitor's life.
+    /// Being its front end.
     #[error(transparent)]
-    Supervise(#[from] SuperviseError),
+    Attach(#[from] AttachError),
+    /// Its API.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// The system is out of something.
+    #[error("cannot {step}")]
+    System {
+        /// What was tried.
+        step: &'static str,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// The image that a container was made from is gone.
+    #[error("the image {image} of container {id} is not in the store any more: pull it again")]
+    ImageGone {
+        /// The image as it was named.
+        image: String,
+        /// The container.
+        id: String,
+    },
+    /// A word of the image's.
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    /// It did not get as far as running.
+    #[error("{message}")]
+    Failed {
+        /// Why, in one line.
+        message: String,
+        /// What to tell of it: 126 and 127 when there was nothing to execute, else 125.
+        exit_code: u8,
+    },
     /// A variable of the caller's cannot be handed on.
     #[error("the value of the environment variable {name} is not UTF-8: give it with -e {name}=VALUE")]
     NotUtf8 {
         /// Its name.
         name: String,
     },
+    /// Flags that exclude each other.
+    #[error("--rm and --restart exclude each other: leave one of them out")]
+    RemovedAndRestarted,
     /// There are no random numbers.
     #[error("cannot choose an id for the container")]
-    Id(#[source] std::io::Error),
+    Id(#[source] io::Error),
     /// The document does not encode.
     #[error("cannot write the monitor's configuration")]
     Encode(#[source] serde_json::Error),
 }
 
 /// How a run ended, for whoever asked for it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Finished {
     /// The exit code to end with: the container's; or 125, 126 and 127 when there was none; or 128 + N after signal N.
     pub exit_code: u8,
@@ -82,9 +125,15 @@ pub struct Finished {
 pub struct Plan {
     request: RunRequest,
     sizes: Sizes,
-    monitor: PathBuf,
-    kernel: PathBuf,
-    initramfs: PathBuf,
+}
+
+/// A container whose state directory is made.
+#[derive(Debug)]
+pub struct Container {
+    /// What it was made from.
+    pub record: Record,
+    state: StateDirectory,
+    signals: Signals,
 }
 
 impl Plan {
@@ -102,101 +151,261 @@ impl Plan {
                 return Err(RunError::NotUtf8 { name: name.clone() });
             }
         }
+        if request.remove && request.restart.0.is_some() {
+            return Err(RunError::RemovedAndRestarted);
+        }
         let sizes = Sizes::new(request.cpus, request.memory, Host::read())?;
-        if takes_keys(&request) {
+        if request.terminal && request.interactive && !request.detached {
             terminal::check()?;
         }
-        let kernel = paths::kernel(request.kernel.as_deref())?;
-        Ok(Self { sizes, monitor: paths::monitor()?, kernel, initramfs: paths::initramfs()?, request })
+        // That they are there is said before an image is pulled.
+        paths::kernel(request.kernel.as_deref())?;
+        paths::initramfs()?;
+        paths::monitor()?;
+        Ok(Self { sizes, request })
     }
 
-    /// Runs the container to its end. The times it took are left in `times`.
+    /// Makes the container of an image that was named `name`.
     ///
     /// # Errors
-    /// The container was not run, and nothing of it is left.
-    pub fn run(self, image: &Image, times: &mut RunTimeline) -> Result<Finished, RunError> {
-        let Self { request, sizes, monitor, kernel, initramfs } = self;
+    /// Request and image together make no container, or its name is in use; nothing of it is left.
+    pub fn create(self, image: &Image, name: &str) -> Result<Container, RunError> {
+        let Self { request, sizes } = self;
         let id = ContainerId::generate().map_err(RunError::Id)?;
         let window = request.terminal.then(terminal::window_size);
-        let container = spec::container(&id, &request, &image.config, sizes, window, |name| env::var(name).ok())?;
-        let vm = spec::vm(sizes, kernel, initramfs, image.lease.as_raw_fd());
-        let document =
-            serde_json::to_vec(&LaunchConfig { vm, container: Some(container) }).map_err(RunError::Encode)?;
-
-        // From here on signals are read, not delivered, so that whatever comes everything below is undone.
-        let signals = Signals::block()?;
-        let root = RunRoot::open()?;
-        let state = root.create(&id, request.name.as_deref())?;
-        let config = state.write("config.json", &document)?;
-        let raw = takes_keys(&request).then(RawMode::enter).transpose()?;
-        let launch = Launch {
-            monitor: &monitor,
-            config: &config,
-            image: image.lease.as_fd(),
-            stdin: request.interactive,
-            mask: &signals.children,
+        let spec = spec::container(&id, &request, &image.config, sizes, window, |name| env::var(name).ok())?;
+        let container =
+            ContainerConfig { spec, stdin: request.interactive, stdin_once: !request.detached, wait_for_attach: false };
+        let record = Record {
+            id: id.as_str().to_owned(),
+            name: request.name.clone(),
+            image: name.to_owned(),
+            image_id: image.id.clone(),
+            created_ns: timeline::wall_clock_ns(),
+            auto_remove: request.remove,
+            restart: request.restart.0,
+            stop_signal: stop_signal(&request, image)?,
+            labels: request.labels,
+            vcpus: sizes.vcpus,
+            memory_mib: sizes.memory_mib,
+            kernel: request.kernel,
+            container,
         };
-        times.monitor_spawning = timeline::now();
-        let running = launch.spawn()?;
-        times.monitor_spawned = timeline::now();
-        root.sweep();
-        let outcome = supervise(running, &signals, request.terminal, |start| times.start = start);
-        drop(raw);
-        drop(state);
-        let outcome = outcome?;
-        times.finish(if let Outcome::Exited(status) = &outcome { Some(status) } else { None });
-        Ok(finished(outcome, sizes.memory_limit))
+        let root = RunRoot::open()?;
+        // From here on signals are read, not delivered, so that whatever comes everything below is undone.
+        let signals = block()?;
+        let state = root.create(&id, record.name.as_deref())?;
+        state.write(record::NAME, &serde_json::to_vec(&record).map_err(RunError::Encode)?)?;
+        Ok(Container { record, state, signals })
     }
 }
 
-/// Whether the caller's keys go to the container. A terminal that only shows output needs none of ours.
-fn takes_keys(request: &RunRequest) -> bool {
-    request.terminal && request.interactive
+fn block() -> Result<Signals, RunError> {
+    Signals::block().map_err(|source| RunError::System { step: "block signals", source })
 }
 
-fn finished(outcome: Outcome, memory_limit: u64) -> Finished {
-    let failed =
-        |exit_code, message: String| Finished { exit_code, failure: Some(message), console: None, out_of_memory: None };
-    match outcome {
-        Outcome::Exited(status) => Finished {
-            exit_code: status.code,
-            failure: None,
-            console: None,
-            out_of_memory: status.out_of_memory.then_some(memory_limit),
-        },
-        Outcome::Failed(Failure { exit_code, message, console }) => Finished { console, ..failed(exit_code, message) },
-        Outcome::Cancelled(signal) => Finished {
-            exit_code: u8::try_from(128 + signal).unwrap_or(EXIT_FAILED),
-            failure: None,
-            console: None,
-            out_of_memory: None,
-        },
-        Outcome::Lost(Ending::Killed(signal)) => {
-            failed(EXIT_FAILED, format!("the monitor was killed by signal {signal}"))
+/// The signal that asks a program to end, unless the request or the image says otherwise.
+const SIGTERM: u8 = 15;
+
+fn stop_signal(request: &RunRequest, image: &Image) -> Result<u8, RunError> {
+    match (request.stop_signal, &image.config.stop_signal) {
+        (Some(signal), _) => Ok(signal.0),
+        (None, Some(name)) if !name.is_empty() => Ok(name.parse::<SignalName>()?.0),
+        _ => Ok(SIGTERM),
+    }
+}
+
+impl Container {
+    /// A container that was made before and does not live.
+    ///
+    /// # Errors
+    /// The system is out of something.
+    pub fn again(record: Record, state: StateDirectory) -> Result<Self, RunError> {
+        Ok(Self { record, state, signals: block()? })
+    }
+
+    /// Leaves it as it is, to be started later, and gives its id.
+    pub fn keep(mut self) -> String {
+        self.state.keep();
+        self.record.id
+    }
+
+    /// Starts its monitor; `attached` says that whoever starts it attaches at once.
+    fn launch(&self, image: &Image, attached: bool) -> Result<Monitor, RunError> {
+        let record = &self.record;
+        let kernel = paths::kernel(record.kernel.as_deref())?;
+        let sizes = (record.vcpus, record.memory_mib);
+        let vm = spec::vm(sizes, kernel, paths::initramfs()?, image.lease.as_raw_fd());
+        let folder = Some(self.state.path().to_owned());
+        let container = ContainerConfig { wait_for_attach: attached, ..record.container.clone() };
+        let document = LaunchConfig { vm, container: Some(container), folder, restart: record.restart };
+        let document = serde_json::to_vec(&document).map_err(RunError::Encode)?;
+        let config = self.state.write(CONFIG, &document)?;
+        self.state.forget(api::record::NAME);
+        let launch = Launch {
+            monitor: &paths::monitor()?,
+            state: &self.state,
+            config: &config,
+            image: image.lease.as_fd(),
+            mask: &self.signals.children,
+        };
+        Ok(launch.spawn()?)
+    }
+
+    /// Starts it and leaves it alone as soon as its program runs. Gives its id.
+    ///
+    /// # Errors
+    /// It did not get as far.
+    pub fn start_detached(mut self, image: &Image) -> Result<String, RunError> {
+        let mut monitor = self.launch(image, false)?;
+        self.state.release_lock();
+        // Like one that was run in the foreground, it stays to be looked at.
+        if !self.record.auto_remove {
+            self.state.keep();
         }
-        Outcome::Lost(Ending::Exited(code)) => {
-            failed(EXIT_FAILED, format!("the monitor ended with code {code} and without a report"))
+        let client = Client::new(self.state.path());
+        let id = self.record.id.clone();
+        let running = runtime()?.block_on(async {
+            let path = format!("/v1/containers/{id}/wait?started=true");
+            client.get::<ContainerState>(&path).await
+        });
+        match running {
+            Ok(ContainerState { error: Some(message), exit_code, .. }) => {
+                // It ends by itself, and leaves a record.
+                monitor.reap().map_err(|source| RunError::System { step: "wait for the monitor", source })?;
+                Err(RunError::Failed { message, exit_code: exit_code.unwrap_or(EXIT_FAILED) })
+            }
+            Ok(_) => {
+                monitor.release();
+                self.state.keep();
+                Ok(id)
+            }
+            Err(error) => {
+                let message = explain(&mut monitor, &self.state, &error);
+                Err(RunError::Failed { message, exit_code: EXIT_FAILED })
+            }
         }
+    }
+
+    /// Starts it and is its front end until it ends. The times it took are left in `times`.
+    ///
+    /// # Errors
+    /// The container was not run.
+    pub fn run(mut self, image: &Image, times: &mut RunTimeline) -> Result<Finished, RunError> {
+        let auto_remove = self.record.auto_remove;
+        let limit = self.record.container.spec.limits.memory_bytes.unwrap_or(0);
+        times.monitor_spawning = timeline::now();
+        let mut monitor = self.launch(image, true)?;
+        self.state.release_lock();
+        times.monitor_spawned = timeline::now();
+        // Whatever becomes of us, it is the container's process.
+        monitor.release();
+        if !auto_remove {
+            self.state.keep();
+        }
+        let followed = runtime()?.block_on(self.follow());
+        let finished = match followed {
+            Ok(Followed::Ended(state)) => finished(state, limit),
+            Ok(Followed::Detached) => {
+                self.state.keep();
+                return Ok(Finished::default());
+            }
+            Ok(Followed::Unheard) => {
+                // As a program of one's own would end that nobody listens to.
+                monitor.kill();
+                Finished { exit_code: UNHEARD, ..Finished::default() }
+            }
+            Ok(Followed::Cancelled(signal)) => {
+                monitor.kill();
+                Finished { exit_code: u8::try_from(128 + signal).unwrap_or(EXIT_FAILED), ..Finished::default() }
+            }
+            Err(RunError::Client(error) | RunError::Attach(AttachError::Client(error))) => {
+                let message = explain(&mut monitor, &self.state, &error);
+                Finished { exit_code: EXIT_FAILED, failure: Some(message), ..Finished::default() }
+            }
+            Err(error) => {
+                monitor.kill();
+                return Err(error);
+            }
+        };
+        // Its monitor goes on.
+        if self.record.restart.is_some() {
+            return Ok(finished);
+        }
+        // What it leaves is removed, or can be started again, when it is gone.
+        monitor.reap().map_err(|source| RunError::System { step: "wait for the monitor", source })?;
+        if let Ok(Some(end)) = api::record::read(self.state.path()) {
+            times.finish(&end);
+        }
+        Ok(finished)
+    }
+
+    async fn follow(&self) -> Result<Followed<ContainerState>, RunError> {
+        let client = Client::new(self.state.path());
+        let path = format!("/v1/containers/{}", self.record.id);
+        let waiter = self.signals.wait().map_err(|source| RunError::System { step: "receive signals", source })?;
+        let container = &self.record.container;
+        let attach = Attach { stdin: container.stdin, terminal: container.spec.process.terminal.is_some() };
+        let streams = client.upgrade(&format!("{path}/attach"), NOTHING).await?;
+        // While the guest boots.
+        RunRoot::open()?.sweep();
+        let attached = Attached::begin(streams, path.clone(), attach)?;
+        let end = async { Ok::<_, RunError>(client.get::<ContainerState>(&format!("{path}/wait")).await?) };
+        attached.follow(&client, &waiter, end).await
+    }
+}
+
+/// The exit code of a program that SIGPIPE ends.
+pub const UNHEARD: u8 = 128 + 13;
+
+/// No body.
+pub const NOTHING: Option<&()> = None;
+
+/// A runtime for one conversation.
+///
+/// # Errors
+/// The system is out of something.
+pub fn runtime() -> Result<tokio::runtime::Runtime, RunError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build();
+    runtime.map_err(|source| RunError::System { step: "talk to the VM", source })
+}
+
+/// Why a monitor's API broke off, in one line.
+fn explain(monitor: &mut Monitor, state: &StateDirectory, error: &ClientError) -> String {
+    if let ClientError::Problem(problem) = error {
+        return problem.detail.clone();
+    }
+    let ending = monitor.reap();
+    if let Ok(Some(End { state: ContainerState { error: Some(error), .. }, .. })) = api::record::read(state.path()) {
+        return error;
+    }
+    match (ending, last_error(state.path())) {
+        (Ok(Ending::Killed(signal)), _) => format!("the monitor was killed by signal {signal}"),
+        (_, Some(line)) => line,
+        (Ok(Ending::Exited(code)), None) => format!("the monitor ended with code {code} and without a report"),
+        (Err(_), None) => api::session::chain(error),
+    }
+}
+
+fn finished(state: ContainerState, memory_limit: u64) -> Finished {
+    Finished {
+        exit_code: state.exit_code.unwrap_or(EXIT_FAILED),
+        failure: state.error,
+        console: state.console,
+        out_of_memory: state.out_of_memory.then_some(memory_limit),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use protocol::ExitStatus;
-
     use super::*;
 
     #[test]
-    fn exit_codes_are_those_of_docker() {
-        let code = |outcome| finished(outcome, 1).exit_code;
-        let status = ExitStatus { code: 7, out_of_memory: true, executed_us: 0, agent_resident_kib: 0 };
-        assert_eq!(code(Outcome::Exited(status)), 7);
-        assert_eq!(finished(Outcome::Exited(status), 1).out_of_memory, Some(1));
-        let failure = Failure { exit_code: 127, message: "not found".into(), console: None };
-        assert_eq!(code(Outcome::Failed(failure)), 127);
-        assert_eq!(code(Outcome::Cancelled(15)), 143);
-        assert_eq!(code(Outcome::Lost(Ending::Killed(9))), 125);
-        let lost = finished(Outcome::Lost(Ending::Killed(9)), 1);
-        assert_eq!(lost.failure.as_deref(), Some("the monitor was killed by signal 9"));
+    fn a_finished_container_has_its_own_code() {
+        let state = ContainerState { exit_code: Some(7), out_of_memory: true, ..ContainerState::default() };
+        let done = finished(state, 1);
+        assert_eq!((done.exit_code, done.out_of_memory, done.failure), (7, Some(1), None));
+        let lost = ContainerState { error: Some("the VM died".to_owned()), ..ContainerState::default() };
+        assert_eq!(finished(lost, 1).exit_code, EXIT_FAILED);
     }
 }

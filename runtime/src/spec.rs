@@ -4,7 +4,6 @@
 use std::path::PathBuf;
 
 use api::config::{DriveConfig, DriveFile, VmConfig};
-use api::session::{STDERR_PORT, STDIN_PORT, STDOUT_PORT};
 use image::ImageConfig;
 use protocol::container::{
     ContainerSpec, DEFAULT_MASKED_PATHS, DEFAULT_READONLY_PATHS, File, Limits, Namespaces, ProcessSpec, Rlimit, Rootfs,
@@ -14,6 +13,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use thiserror::Error;
 
 use crate::capability;
+use crate::health;
 use crate::merge::{self, MergeError};
 use crate::request::{RunRequest, SecurityOption};
 use crate::size::Sizes;
@@ -84,14 +84,14 @@ impl ContainerId {
     }
 }
 
-/// The VM for a request.
-pub fn vm(sizes: Sizes, kernel: PathBuf, initramfs: PathBuf, image: i32) -> VmConfig {
+/// The VM of so many vCPUs and MiB of memory.
+pub fn vm((vcpus, memory_mib): (u8, u32), kernel: PathBuf, initramfs: PathBuf, image: i32) -> VmConfig {
     VmConfig {
         kernel,
         initramfs: Some(initramfs),
         command_line: String::new(),
-        vcpus: sizes.vcpus,
-        memory_mib: sizes.memory_mib,
+        vcpus,
+        memory_mib,
         drives: vec![DriveConfig { file: DriveFile::Descriptor(image), read_only: true }],
         vsock: None,
         serial: false,
@@ -125,7 +125,7 @@ pub fn container(
         seccomp: seccomp(request),
         oom_score_adj: 0,
         terminal: window,
-        stdio: stdio(request),
+        stdio: Stdio::default(),
     };
     Ok(ContainerSpec {
         id: id.as_str().to_owned(),
@@ -143,7 +143,7 @@ pub fn container(
         namespaces: Namespaces::default(),
         shm_bytes: request.shm_bytes.unwrap_or(DEFAULT_SHM),
         process,
-        health_check: None,
+        health_check: health::check(request, image)?,
     })
 }
 
@@ -196,13 +196,6 @@ fn seccomp(request: &RunRequest) -> Seccomp {
     asked.unwrap_or(Seccomp::Default)
 }
 
-fn stdio(request: &RunRequest) -> Stdio {
-    if request.terminal {
-        return Stdio { stdin: Some(STDIN_PORT), stdout: None, stderr: None };
-    }
-    Stdio { stdin: request.interactive.then_some(STDIN_PORT), stdout: Some(STDOUT_PORT), stderr: Some(STDERR_PORT) }
-}
-
 /// The files that name the container. There is no network but the loopback interface, so the resolver is told of no
 /// server: it then fails at once instead of waiting for one.
 fn files(hostname: &str) -> Vec<File> {
@@ -225,7 +218,7 @@ fn files(hostname: &str) -> Vec<File> {
 
 #[cfg(test)]
 mod tests {
-    use api::config::LaunchConfig;
+    use api::config::{ContainerConfig, LaunchConfig};
 
     use super::*;
     use crate::size::{Host, MIB};
@@ -258,15 +251,15 @@ mod tests {
         let spec = spec_of(&RunRequest::default());
         assert_eq!(spec.limits, Limits { memory_bytes: Some(440 * MIB), pids: Some(2048), cpu_quota_us: None });
         assert_eq!(spec.shm_bytes, 64 << 20);
-        assert_eq!(spec.process.stdio, Stdio { stdin: None, stdout: Some(1026), stderr: Some(1027) });
+        // The monitor chooses the streams' ports.
+        assert_eq!(spec.process.stdio, Stdio::default());
         assert!(spec.process.terminal.is_none() && !spec.process.no_new_privileges && !spec.rootfs.read_only);
         assert_eq!(spec.process.rlimits[0], DEFAULT_NOFILE);
     }
 
     #[test]
-    fn a_terminal_is_one_stream_both_ways() {
+    fn a_terminal_begins_with_the_size_of_the_callers() {
         let spec = spec_of(&RunRequest { terminal: true, interactive: true, ..RunRequest::default() });
-        assert_eq!(spec.process.stdio, Stdio { stdin: Some(1025), stdout: None, stderr: None });
         assert_eq!(spec.process.terminal, Some(WindowSize { rows: 24, columns: 80 }));
     }
 
@@ -290,9 +283,12 @@ mod tests {
     #[test]
     fn the_document_is_one_that_a_monitor_takes() {
         let request = RunRequest { cpus: Some("1.5".parse().unwrap()), ..RunRequest::default() };
-        let vm = vm(sizes(&request), "/k".into(), "/i".into(), 9);
+        let sizes = sizes(&request);
+        let vm = vm((sizes.vcpus, sizes.memory_mib), "/k".into(), "/i".into(), 9);
         assert_eq!((vm.vcpus, vm.memory_mib, vm.drives[0].read_only), (2, 512, true));
-        let config = LaunchConfig { vm, container: Some(spec_of(&request)) };
+        let container =
+            ContainerConfig { spec: spec_of(&request), stdin: false, stdin_once: false, wait_for_attach: false };
+        let config = LaunchConfig { vm, container: Some(container), folder: None, restart: None };
         let json = serde_json::to_vec(&config).unwrap();
         assert_eq!(LaunchConfig::parse(&json).unwrap(), config);
     }

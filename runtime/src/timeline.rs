@@ -5,8 +5,8 @@ use std::fs::OpenOptions;
 use std::io::{self, Write as _};
 use std::path::Path;
 
-use api::control::Timeline;
-use protocol::ExitStatus;
+use api::model::VmBoot;
+use api::record::End;
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
@@ -26,7 +26,7 @@ pub struct RunTimeline {
     pub monitor_spawned: u64,
     /// What the monitor reports.
     #[serde(flatten)]
-    pub start: Timeline,
+    pub start: VmBoot,
     /// Guest time just before the program's `execve`, in microseconds.
     pub guest_executed_us: u64,
     /// The agent's resident memory when the container had ended, in KiB.
@@ -37,10 +37,9 @@ pub struct RunTimeline {
 
 impl RunTimeline {
     /// Takes over what is known at the end.
-    pub(crate) fn finish(&mut self, status: Option<&ExitStatus>) {
-        if let Some(status) = status {
-            (self.guest_executed_us, self.agent_resident_kib) = (status.executed_us, status.agent_resident_kib);
-        }
+    pub(crate) fn finish(&mut self, end: &End) {
+        self.start = end.boot;
+        (self.guest_executed_us, self.agent_resident_kib) = (end.state.executed_us, end.state.agent_resident_kib);
         self.finished = now();
     }
 
@@ -53,6 +52,12 @@ impl RunTimeline {
         line.push(b'\n');
         OpenOptions::new().append(true).create(true).open(path)?.write_all(&line)
     }
+}
+
+/// The time in nanoseconds since 1970.
+pub fn wall_clock_ns() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// CLOCK_MONOTONIC in nanoseconds.

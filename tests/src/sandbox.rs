@@ -56,6 +56,12 @@ fn prepared() -> &'static Prepared {
     })
 }
 
+/// The folder of the programs that are tested, as `cargo xtask build` leaves them.
+#[must_use]
+pub fn programs() -> &'static Path {
+    &prepared().programs
+}
+
 /// A registry that serves all images.
 ///
 /// The large ones are in the shared store already, since unpacking them takes minutes in an emulated machine: pull only
@@ -164,6 +170,20 @@ impl Sandbox {
         )
     }
 
+    /// Starts a container that is left running, and gives it by its name; dropping that removes it.
+    ///
+    /// # Panics
+    /// It does not start.
+    #[must_use]
+    pub fn detached<'a>(&'a self, name: &'a str, flags: &[&str], image: &str, words: &[&str]) -> Detached<'a> {
+        let reference = Self::reference(image);
+        let given = ["run", "-d", "--name", name];
+        let words = given.iter().chain(flags).copied().chain([reference.as_str()]).chain(words.iter().copied());
+        let started = self.cofferdam(words).end();
+        assert_eq!(started.succeeded().trim().len(), 32, "{started:?}");
+        Detached { sandbox: self, name }
+    }
+
     /// The name under which the shared store has an image.
     ///
     /// # Panics
@@ -236,6 +256,45 @@ impl Sandbox {
                 environment.windows(here.len()).any(|window| window == here.as_bytes())
             })
             .collect()
+    }
+}
+
+/// A container that is left running. Dropping it removes it.
+pub struct Detached<'a> {
+    sandbox: &'a Sandbox,
+    name: &'a str,
+}
+
+impl Detached<'_> {
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.name
+    }
+
+    /// `cofferdam VERB FLAGS NAME WORDS`.
+    #[must_use]
+    pub fn verb(&self, verb: &str, flags: &[&str], words: &[&str]) -> Invocation {
+        let words = std::iter::once(verb).chain(flags.iter().copied()).chain([self.name]).chain(words.iter().copied());
+        self.sandbox.cofferdam(words)
+    }
+
+    /// What `inspect` says of these fields, tabs between them.
+    ///
+    /// # Panics
+    /// It fails.
+    #[must_use]
+    pub fn inspect(&self, fields: &str) -> String {
+        self.verb("inspect", &["--format", fields], &[]).end().succeeded().trim_end().to_owned()
+    }
+}
+
+impl Drop for Detached<'_> {
+    fn drop(&mut self) {
+        let removed = self.verb("rm", &["-f"], &[]).end();
+        if !thread::panicking() {
+            assert_eq!(removed.code(), 0, "{removed:?}");
+        }
     }
 }
 

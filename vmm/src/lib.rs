@@ -9,12 +9,14 @@
 //! - [`machine`]: the VM in phases: memory, devices, vCPUs.
 //! - [`inherited`]: descriptors that the front end left open.
 //! - [`vcpu`]: one thread a vCPU: run, handle the exit, run.
-//! - [`monitor`]: the event loop, the container's session, and how both end.
+//! - [`pause`]: stopping vCPUs where they are.
+//! - [`monitor`]: the event loop, the API's thread, and how both end.
+//! - [`restart`]: the process above, where a policy asks for one.
 //! - [`probe`]: whether this host's KVM can run guests.
 //!
 //! # Threads
-//! `main` runs the event loop and all devices; `vcpu N` runs guest code and handles register accesses; `session` talks
-//! to the agent and the front end; the container's streams have a thread each (crate `api`). `populate` is over before the guest runs.
+//! `main` runs the event loop and all devices; `vcpu N` runs guest code and handles register accesses; `api` serves the
+//! API, talks to the agent and moves the streams of containers (crate `api`). `populate` is over before the guest runs.
 
 pub mod boot;
 pub mod cpuid;
@@ -23,6 +25,8 @@ pub mod layout;
 pub mod machine;
 pub mod memory;
 pub mod monitor;
+pub mod pause;
 pub mod populate;
 pub mod probe;
+pub mod restart;
 pub mod vcpu;

@@ -1,27 +1,28 @@
 //! `cofferdam-vmm`: runs one micro-VM, and the container in it, and exits with the container's exit code.
 //!
 //! ```text
-//! cofferdam-vmm --config FILE [--control-fd N]
+//! cofferdam-vmm --config FILE [--api-fd N]
 //! cofferdam-vmm --probe
 //! ```
 
 use std::ffi::OsString;
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use api::config::LaunchConfig;
-use api::control::{EXIT_FAILED, Failure, FromMonitor};
-use api::session::{now, tell};
+use api::control::EXIT_FAILED;
+use api::server::Outcome;
+use api::session::{chain, now};
 use vmm::inherited;
-use vmm::monitor::{self, Report};
+use vmm::{monitor, restart};
 
-const USAGE: &str = "usage: cofferdam-vmm --config FILE [--control-fd N] | --probe | --version";
+const USAGE: &str = "usage: cofferdam-vmm --config FILE [--api-fd N] | --probe | --version";
 
 /// What to do.
 enum Command {
-    Run { config: PathBuf, control: Option<i32> },
+    Run { config: PathBuf, api: Option<i32>, supervised: bool },
     Probe,
     Version,
 }
@@ -29,7 +30,7 @@ enum Command {
 fn main() -> ExitCode {
     let started = now();
     let outcome = match parse(std::env::args_os().skip(1)) {
-        Ok(Command::Run { config, control }) => run(config, control, started),
+        Ok(Command::Run { config, api, supervised }) => run(&config, api, supervised, started),
         Ok(Command::Probe) => probe(),
         Ok(Command::Version) => {
             println!("cofferdam-vmm {}", env!("CARGO_PKG_VERSION"));
@@ -48,52 +49,47 @@ fn main() -> ExitCode {
 }
 
 fn parse(mut arguments: impl Iterator<Item = OsString>) -> Result<Command> {
-    let (mut config, mut control) = (None, None);
+    let (mut config, mut api, mut supervised) = (None, None, false);
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().with_context(|| format!("{} needs a value: {USAGE}", argument.display()));
         match argument.to_str() {
             Some("--probe") => return Ok(Command::Probe),
+            Some(restart::SUPERVISED) => supervised = true,
             Some("--version") => return Ok(Command::Version),
             Some("--config") => config = Some(PathBuf::from(value()?)),
-            Some("--control-fd") => {
+            Some("--api-fd") => {
                 let number = value()?.to_str().and_then(|number| number.parse().ok()).filter(|number| *number > 2);
-                control = Some(number.context("--control-fd takes the number of an inherited socket, 3 or more")?);
+                api = Some(number.context("--api-fd takes the number of an inherited socket, 3 or more")?);
             }
             _ => bail!("unknown argument {argument:?}: {USAGE}"),
         }
     }
-    Ok(Command::Run { config: config.context(USAGE)?, control })
+    Ok(Command::Run { config: config.context(USAGE)?, api, supervised })
 }
 
-fn run(config: PathBuf, control: Option<i32>, started: u64) -> Result<u8> {
-    let front_end = control.map(inherited_socket).transpose()?;
-    match launch(config, front_end.as_ref(), started) {
-        Ok(Report::Exited(code)) => Ok(code),
-        Ok(Report::Abandoned) => Ok(EXIT_FAILED),
-        Ok(Report::Failed(failure)) if front_end.is_some() => Ok(failure.exit_code),
-        Ok(Report::Failed(failure)) => {
-            eprintln!("error: {}", failure.message);
-            Ok(failure.exit_code)
-        }
-        Err(error) => match &front_end {
-            Some(front_end) => {
-                let failure = Failure { exit_code: EXIT_FAILED, message: format!("{error:#}"), console: None };
-                tell(front_end, &FromMonitor::Failed(failure));
-                Ok(EXIT_FAILED)
-            }
-            None => Err(error),
-        },
-    }
-}
-
-fn launch(config: PathBuf, front_end: Option<&UnixStream>, started: u64) -> Result<Report> {
+fn run(config: &Path, api: Option<i32>, supervised: bool, started: u64) -> Result<u8> {
     jailer::process()?;
-    let config = LaunchConfig::read(&config)?;
-    if front_end.is_some() {
-        ignore_terminal_signals();
+    let config = LaunchConfig::read(config)?;
+    if let (Some(policy), Some(folder), false) = (config.restart, &config.folder, supervised) {
+        let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+        return restart::supervise(policy, folder, &arguments).context("cannot start the monitor again");
     }
-    let front_end = front_end.map(UnixStream::try_clone).transpose().context("cannot share the control socket")?;
-    Ok(monitor::run(config, front_end, started)?)
+    let listener = api.map(inherited_listener).transpose()?;
+    let folder = config.folder.clone();
+    match monitor::run(config, listener, started) {
+        Ok(Outcome { exit_code, error }) => {
+            if let Some(error) = error {
+                eprintln!("error: {error}");
+            }
+            Ok(exit_code)
+        }
+        Err(error) => {
+            if let Some(folder) = folder {
+                monitor::record_failure(&folder, &chain(&error));
+            }
+            Err(error.into())
+        }
+    }
 }
 
 fn probe() -> Result<u8> {
@@ -102,20 +98,11 @@ fn probe() -> Result<u8> {
     Ok(0)
 }
 
-/// Takes the socket that the front end left open under this number.
-fn inherited_socket(number: i32) -> Result<UnixStream> {
+/// Takes the listening socket that whoever started this process left open under this number.
+fn inherited_listener(number: i32) -> Result<UnixListener> {
     let socket = inherited::take(number).with_context(|| format!("no descriptor {number} was inherited"))?;
-    if rustix::net::sockopt::socket_type(&socket) != Ok(rustix::net::SocketType::STREAM) {
-        bail!("descriptor {number} is not a stream socket");
+    if rustix::net::sockopt::socket_acceptconn(&socket) != Ok(true) {
+        bail!("descriptor {number} is not a listening socket");
     }
-    Ok(UnixStream::from(socket))
-}
-
-/// The keys of a terminal signal the whole foreground process group; the container gets them from the front end.
-#[expect(unsafe_code, reason = "no safe wrapper ignores a signal")]
-fn ignore_terminal_signals() {
-    for signal in [libc::SIGINT, libc::SIGQUIT, libc::SIGHUP] {
-        // SAFETY: ignoring a signal runs no code of ours.
-        unsafe { libc::signal(signal, libc::SIG_IGN) };
-    }
+    Ok(UnixListener::from(socket))
 }

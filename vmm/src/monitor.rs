@@ -1,28 +1,30 @@
-//! The event loop, the container's session, and how both end.
+//! The event loop, the API's thread, and how both end.
 //!
-//! Three things can end a monitor: the container's exit, as the agent reports it; the guest, by a triple fault; and the
-//! front end, by going away. Each arrives as an [`End`] at the event loop, which then delivers what the guest had
-//! already said and returns.
+//! Two things can end a monitor: the API, whose container has ended or whose client says so; and the guest, by a triple
+//! fault. Each arrives as an [`End`] at the event loop. After the guest's end, what it had already said is delivered, and
+//! the API, which then finds its conversation with the agent closed, says what that means.
 
-use std::io::Write;
-use std::os::unix::net::UnixStream;
+use std::io::Write as _;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::{io, thread};
 
 use api::config::LaunchConfig;
-use api::control::{Failure, FromMonitor, Timeline};
-use api::session::{Outcome, Session, SessionError, now, tell};
-use api::stdio::Streams;
+use api::model::{Device, VmBoot};
+use api::server::{self, Outcome, Setup};
+use api::session::{chain, now};
 use devices::vsock::ports::HostPorts;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::machine::{self, Machine, MachineError};
-use crate::vcpu::{self, GuestEnd};
+use crate::pause::Threads;
+use crate::vcpu::{self, Bus, GuestEnd};
 
-/// The most of the guest's console that goes into an error.
+/// The most of the guest's console that the API tells, in bytes.
 const CONSOLE_MAX: usize = 8 << 10;
 
 /// Why a monitor did not get as far as running a guest, or could not go on.
@@ -48,21 +50,14 @@ pub enum MonitorError {
     Guest(#[source] GuestEnd),
 }
 
-/// What a monitor's run came to.
-#[derive(Debug)]
-pub enum Report {
-    /// The container's exit code, or 0 when a guest without a container powered off. The front end knows.
-    Exited(u8),
-    /// The container did not run to its end.
-    Failed(Failure),
-    /// Nobody waits for the container any more.
-    Abandoned,
+fn system(step: &'static str) -> impl FnOnce(io::Error) -> MonitorError {
+    move |source| MonitorError::System { step, source }
 }
 
 /// What ends the event loop.
 enum End {
     Guest(GuestEnd),
-    Session(Outcome),
+    Api(io::Result<Outcome>),
 }
 
 /// A way to end the event loop from another thread.
@@ -79,71 +74,92 @@ impl Ender {
     }
 }
 
-/// Runs a VM, and the container in it, to the end.
+/// Runs a VM to its end, and serves its API at `listener`.
 ///
 /// # Errors
-/// [`MonitorError`] when there was no guest to run, or it failed without a container that could report it.
-pub fn run(config: LaunchConfig, front_end: Option<UnixStream>, started: u64) -> Result<Report, MonitorError> {
-    let system = |step| move |source| MonitorError::System { step, source };
+/// [`MonitorError`] when there was no guest to run, or it failed and nobody could be told.
+pub fn run(config: LaunchConfig, listener: Option<UnixListener>, started: u64) -> Result<Outcome, MonitorError> {
     let ports = HostPorts::new(config.vm.vsock.clone());
-    let mut streams = Streams::default();
-    let mut session = None;
-    if let Some(container) = config.container {
-        let (started, offers) = Streams::start(&container.process, || confine(jailer::Thread::Stream))
-            .map_err(system("set the container's streams up"))?;
-        streams = started;
-        let front_end = front_end.as_ref().map(UnixStream::try_clone).transpose();
-        let front_end = front_end.map_err(system("share the front end's socket"))?;
-        let (conversation, offer) = Session::new(container, front_end).map_err(system("set the session up"))?;
-        session = Some(conversation);
-        offers.into_iter().chain([offer]).for_each(|offer| ports.offer(offer.port, offer.stream));
-    }
-    let machine = machine::build(&config.vm, ports.clone(), session.is_none())?;
-    let timeline = Timeline { monitor_started: started, vm_created: now(), ..Default::default() };
-    run_machine(machine, session.map(|session| (session, streams, timeline)), &ports, front_end.as_ref())
-}
-
-fn run_machine(
-    mut machine: Machine,
-    session: Option<(Session, Streams, Timeline)>,
-    ports: &HostPorts,
-    front_end: Option<&UnixStream>,
-) -> Result<Report, MonitorError> {
-    let system = |step| move |source| MonitorError::System { step, source };
+    let served = config.container.is_some() || listener.is_some();
+    let mut machine = machine::build(&config.vm, ports.clone(), !served)?;
+    let boot = VmBoot { monitor_started_ns: started, vm_created_ns: now(), ..VmBoot::default() };
     let event = EventFd::new(EFD_NONBLOCK).map_err(system("make an eventfd"))?;
     let (ends, ended) = mpsc::channel();
     let ender = || -> Result<Ender, MonitorError> {
         Ok(Ender { ends: ends.clone(), event: event.try_clone().map_err(system("clone an eventfd"))? })
     };
-    let mut streams = None;
-    if let Some((session, outputs, timeline)) = session {
-        streams = Some(outputs);
-        let ender = ender()?;
-        let thread = thread::Builder::new().name("session".into());
-        thread
-            .spawn(move || {
-                confine(jailer::Thread::Session);
-                ender.end(End::Session(session.run(timeline)));
-            })
-            .map_err(system("start the session's thread"))?;
+    let vcpus = Arc::new(Threads::default());
+    let guest_end = Arc::new(Mutex::new(None));
+    let mut flushing = None;
+    if served {
+        let (agent, theirs) = UnixStream::pair().map_err(system("make a socket for the agent"))?;
+        ports.offer(protocol::CONTROL_PORT, theirs);
+        let (sender, guest_ended) = server::guest_end();
+        flushing = Some(sender);
+        let (bus, console) = (machine.bus.clone(), machine.console.clone());
+        let handle = Handle { bus, console, ports: ports.clone(), vcpus: Arc::clone(&vcpus) };
+        let LaunchConfig { vm, container, folder, .. } = config;
+        let machine: Arc<dyn server::Machine> = Arc::new(handle);
+        let setup = Setup { config: vm, container, listener, folder, machine, agent, boot, guest_ended };
+        serve(setup, Arc::clone(&guest_end), ender()?)?;
     }
-    let mut events = subscribe(&machine, event.try_clone().map_err(system("clone an eventfd"))?)?;
+    let end = run_guest(&mut machine, &vcpus, event.try_clone().map_err(system("clone an eventfd"))?, &ended, &ender)?;
+    match (end, flushing) {
+        (End::Api(outcome), _) => outcome.map_err(system("serve the API")),
+        (End::Guest(end), Some(flushing)) => {
+            *guest_end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
+            // From now on slow clients are not waited for, and what the guest has said is delivered.
+            drop(flushing);
+            machine.flush();
+            ports.withdraw_all();
+            outcome_of_api(&ended)
+        }
+        (End::Guest(GuestEnd::Shutdown), None) => Ok(Outcome { exit_code: 0, error: None }),
+        (End::Guest(end), None) => Err(MonitorError::Guest(end)),
+    }
+}
+
+/// Starts the API's thread.
+fn serve(setup: Setup, guest_end: Arc<Mutex<Option<GuestEnd>>>, ender: Ender) -> Result<(), MonitorError> {
+    // Without one it was the agent that let go.
+    let explain = move || guest_end.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|end| chain(end));
+    let thread = thread::Builder::new().name("api".into());
+    let serve = move || {
+        confine(jailer::Thread::Api);
+        ender.end(End::Api(server::run(setup, explain)));
+    };
+    thread.spawn(serve).map(drop).map_err(system("start the API's thread"))
+}
+
+/// Runs the event loop and the guest until one of them, or the API, has ended.
+fn run_guest(
+    machine: &mut Machine,
+    vcpus: &Threads,
+    event: EventFd,
+    ended: &Receiver<End>,
+    ender: &dyn Fn() -> Result<Ender, MonitorError>,
+) -> Result<End, MonitorError> {
+    let mut events = subscribe(machine, event)?;
     for (id, vcpu) in (0u8..).zip(std::mem::take(&mut machine.vcpus)) {
         let ender = ender()?;
-        vcpu::spawn(id, vcpu, machine.bus.clone(), move |end| ender.end(End::Guest(end)))
+        vcpu::spawn(vcpus, id, vcpu, machine.bus.clone(), move |end| ender.end(End::Guest(end)))
             .map_err(system("start a vCPU's thread"))?;
     }
     confine(jailer::Thread::EventLoop);
-    let end = wait(&mut events, &ended)?;
-    drop(events);
+    let end = wait(&mut events, ended)?;
     // Fails when nobody watches any more.
     let _ = machine.console.flush();
-    match streams {
-        Some(streams) => Ok(finish(&machine, end, &ended, ports, streams, front_end)),
-        None => match end {
-            End::Guest(GuestEnd::Shutdown) | End::Session(_) => Ok(Report::Exited(0)),
-            End::Guest(end) => Err(MonitorError::Guest(end)),
-        },
+    Ok(end)
+}
+
+fn outcome_of_api(ended: &Receiver<End>) -> Result<Outcome, MonitorError> {
+    loop {
+        match ended.recv() {
+            Ok(End::Api(outcome)) => return outcome.map_err(system("serve the API")),
+            // Other vCPUs stop when the first one does.
+            Ok(End::Guest(_)) => {}
+            Err(_) => return Err(system("hear from the API's thread")(io::ErrorKind::BrokenPipe.into())),
+        }
     }
 }
 
@@ -193,70 +209,53 @@ pub(crate) fn confine(kind: jailer::Thread) {
     }
 }
 
-/// Delivers what the guest said, and reports.
-fn finish(
-    machine: &Machine,
-    end: End,
-    ended: &Receiver<End>,
-    ports: &HostPorts,
-    streams: Streams,
-    front_end: Option<&UnixStream>,
-) -> Report {
-    if let End::Session(Outcome::Abandoned) = end {
-        return Report::Abandoned;
+/// The machine as the API knows it.
+struct Handle {
+    bus: Bus,
+    console: devices::console::ConsoleOutput,
+    ports: HostPorts,
+    vcpus: Arc<Threads>,
+}
+
+impl server::Machine for Handle {
+    fn pause(&self) {
+        self.vcpus.pause();
     }
-    machine.flush();
-    ports.withdraw();
-    streams.finish();
-    let (outcome, guest_end) = match end {
-        End::Session(outcome) => (outcome, None),
-        // The session finds its connection closed, after what the agent said last.
-        End::Guest(guest_end) => (session_outcome(ended), Some(guest_end)),
+
+    fn resume(&self) {
+        self.vcpus.resume();
+    }
+
+    fn console(&self) -> Vec<u8> {
+        let tail = self.console.tail();
+        tail[tail.len().saturating_sub(CONSOLE_MAX)..].to_vec()
+    }
+
+    fn devices(&self) -> Vec<Device> {
+        let describe = |device: &Arc<Mutex<devices::mmio::MmioDevice>>| {
+            let device = device.lock().unwrap_or_else(PoisonError::into_inner);
+            Device { kind: device.kind().to_owned(), status: device.driver_status().to_owned() }
+        };
+        self.bus.devices.iter().map(describe).collect()
+    }
+
+    fn offer(&self, port: u32, stream: UnixStream) {
+        self.ports.offer(port, stream);
+    }
+
+    fn withdraw(&self, port: u32) {
+        self.ports.withdraw(port);
+    }
+}
+
+/// The folder that the end of a container is recorded in, when even the start failed.
+pub fn record_failure(folder: &Path, error: &str) {
+    let state = api::model::ContainerState {
+        status: api::model::ContainerStatus::Exited,
+        exit_code: Some(api::control::EXIT_FAILED),
+        error: Some(error.to_owned()),
+        ..Default::default()
     };
-    match outcome {
-        Outcome::Exited(status) => {
-            if let Some(front_end) = front_end {
-                tell(front_end, &FromMonitor::Exited(status));
-            }
-            Report::Exited(status.code)
-        }
-        Outcome::Abandoned => Report::Abandoned,
-        Outcome::Failed(error) => {
-            let failure = explain(&error, guest_end, machine);
-            if let Some(front_end) = front_end {
-                tell(front_end, &FromMonitor::Failed(failure.clone()));
-            }
-            Report::Failed(failure)
-        }
-    }
-}
-
-fn session_outcome(ended: &Receiver<End>) -> Outcome {
-    loop {
-        match ended.recv() {
-            Ok(End::Session(outcome)) => return outcome,
-            // Other vCPUs stop when the first one does.
-            Ok(End::Guest(_)) => {}
-            Err(_) => return Outcome::Failed(SessionError::GuestEnded("the session did")),
-        }
-    }
-}
-
-fn explain(error: &SessionError, guest_end: Option<GuestEnd>, machine: &Machine) -> Failure {
-    let mut message = chain(error);
-    // Without one it was the agent that let go.
-    if let Some(end) = guest_end {
-        message = format!("{message}: {}", chain(&end));
-    }
-    // The console explains a guest that died; it has nothing to do with a program that is not there.
-    let explains = !matches!(error, SessionError::Refused(_));
-    let tail = machine.console.tail();
-    let tail = String::from_utf8_lossy(&tail[tail.len().saturating_sub(CONSOLE_MAX)..]).into_owned();
-    Failure { exit_code: error.exit_code(), message, console: (explains && !tail.is_empty()).then_some(tail) }
-}
-
-/// An error and its causes in one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    // The error itself is told anyway.
+    let _ = api::record::write(folder, &api::record::End { state, ..Default::default() });
 }

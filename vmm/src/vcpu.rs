@@ -4,7 +4,7 @@
 //! a driver that sets its device up, and the end of the guest.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::{io, thread};
 
 use devices::mmio::{MmioDevice, WINDOW};
 use devices::serial::{self, Serial};
@@ -13,6 +13,7 @@ use thiserror::Error;
 
 use crate::layout::VIRTIO;
 use crate::monitor;
+use crate::pause::{self, Gate, Threads};
 
 /// How a guest ended by itself.
 #[derive(Debug, Error)]
@@ -90,23 +91,28 @@ impl Bus {
     }
 }
 
-/// Starts the thread of a vCPU. `ended` is called once, when the guest ends by this vCPU.
+/// Starts the thread of a vCPU, one of `threads`. `ended` is called once, when the guest ends by this vCPU.
 ///
 /// # Errors
-/// When the system has no thread left.
+/// When the system has no thread left, or KVM does not let the vCPU be interrupted.
 pub fn spawn(
+    threads: &Threads,
     id: u8,
     mut vcpu: VcpuFd,
     bus: Bus,
     ended: impl FnOnce(GuestEnd) + Send + 'static,
-) -> std::io::Result<thread::JoinHandle<()>> {
-    thread::Builder::new().name(format!("vcpu {id}")).spawn(move || {
+) -> io::Result<()> {
+    let gate = threads.gate();
+    pause::prepare(&vcpu)?;
+    let thread = thread::Builder::new().name(format!("vcpu {id}")).spawn(move || {
         monitor::confine(jailer::Thread::Vcpu);
-        ended(run(id, &mut vcpu, &bus));
-    })
+        ended(run(id, &mut vcpu, &bus, &gate));
+    })?;
+    threads.add(thread);
+    Ok(())
 }
 
-fn run(id: u8, vcpu: &mut VcpuFd, bus: &Bus) -> GuestEnd {
+fn run(id: u8, vcpu: &mut VcpuFd, bus: &Bus, gate: &Gate) -> GuestEnd {
     loop {
         match vcpu.run() {
             Ok(VcpuExit::MmioRead(address, data)) => bus.mmio_read(address, data),
@@ -120,8 +126,9 @@ fn run(id: u8, vcpu: &mut VcpuFd, bus: &Bus) -> GuestEnd {
                 let rip = vcpu.get_regs().map_or(0, |registers| registers.rip);
                 return GuestEnd::Stopped { vcpu: id, rip, exit };
             }
-            // A signal for this thread, or a guest that KVM wants to be run again.
-            Err(error) if error.errno() == libc::EINTR || error.errno() == libc::EAGAIN => {}
+            Err(error) if error.errno() == libc::EINTR => gate.pass(),
+            // A guest that KVM wants to be run again.
+            Err(error) if error.errno() == libc::EAGAIN => {}
             Err(source) => return GuestEnd::Run { vcpu: id, source },
         }
     }

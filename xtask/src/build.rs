@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 
@@ -29,6 +29,16 @@ pub fn build() -> Result<()> {
         }
     }
     programs()
+}
+
+/// Writes the description of the REST API where it is committed; a test of the crate compares it with the code.
+pub fn openapi() -> Result<()> {
+    let mut command = cargo();
+    command.args(["run", "--quiet", "--package", "api", "--example", "openapi"]);
+    let output = command.stderr(Stdio::inherit()).output().context("cannot start cargo")?;
+    ensure!(output.status.success(), "the description was not made");
+    let path = paths::root().join("api/openapi.json");
+    fs::write(&path, output.stdout).with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Builds the programs and the initramfs, and puts them where the kernel is.

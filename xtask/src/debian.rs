@@ -20,7 +20,7 @@ const LAB_PACKAGES: &[&str] = &["busybox-static", "kmod", "qemu-system-x86", "ut
 
 /// What the end-to-end tests and the demo take their images, registry and reference runtimes from.
 const TEST_PACKAGES: &[&str] =
-    &["crun", "curl", "docker-registry", "e2fsprogs", "erofs-utils", "jq", "mmdebstrap", "runc"];
+    &["crun", "curl", "docker-registry", "e2fsprogs", "erofs-utils", "jq", "mmdebstrap", "python3", "runc"];
 
 /// Installs every Debian package that building, testing and the demo need; does nothing when all are there.
 pub fn setup() -> Result<()> {

@@ -60,6 +60,8 @@ enum Task {
     Check,
     /// Measure
     Bench(bench::BenchArgs),
+    /// Write the description of the REST API into api/openapi.json
+    Openapi,
     /// Check the structure of the tree
     Tidy,
     /// Check licences and sources of dependencies
@@ -99,6 +101,7 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Check => test::check()?,
         Task::Bench(args) => return bench::bench(args),
         Task::BenchMeasure(args) => bench::measure(&args)?,
+        Task::Openapi => build::openapi()?,
         Task::Tidy => tidy::tidy()?,
         Task::Deny => test::deny()?,
         Task::LabHold => lab::hold()?,

@@ -24,8 +24,13 @@ impl HostPorts {
         self.offered.lock().unwrap_or_else(PoisonError::into_inner).insert(port, stream);
     }
 
-    /// Takes back what was offered and not connected to.
-    pub fn withdraw(&self) {
+    /// Takes back what was offered at `port` and not connected to.
+    pub fn withdraw(&self, port: u32) {
+        self.offered.lock().unwrap_or_else(PoisonError::into_inner).remove(&port);
+    }
+
+    /// Takes everything back that was offered and not connected to.
+    pub fn withdraw_all(&self) {
         self.offered.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 

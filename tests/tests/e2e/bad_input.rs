@@ -3,13 +3,13 @@
 
 use std::fs;
 use std::net::TcpListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde_json::json;
 use tar::EntryType;
 use tests::layer::{Access, Layer};
 use tests::layout::{Compression, Layout};
-use tests::sandbox::{Sandbox, registry};
+use tests::sandbox::{Sandbox, programs, registry};
 
 /// The exit code when there is no container whose code could be passed on.
 const FAILED: i32 = 125;
@@ -144,10 +144,6 @@ fn kernel() -> PathBuf {
     }
 }
 
-fn programs() -> PathBuf {
-    Path::new(&std::env::var_os(tests::PROGRAMS_VARIABLE).unwrap()).to_owned()
-}
-
 #[test]
 fn a_guest_that_panics_shows_its_console() {
     let sandbox = Sandbox::new();
@@ -178,7 +174,7 @@ fn a_device_that_may_not_be_opened() {
         exec unshare --map-root-user --mount sh -ec 'mount --bind /etc/shadow /dev/kvm; exec \"$@\"' sh \"$@\"";
     let (_, reference) = layout(&sandbox, "image", "amd64", &small_layer());
     let cofferdam = programs().join("cofferdam");
-    let words = ["-c", script, "sh", cofferdam.to_str().unwrap(), "run", "-q", &reference, "true"];
+    let words = ["-c", script, "sh", cofferdam.to_str().unwrap(), "run", "--rm", "-q", &reference, "true"];
     sandbox.program("sh", words).end().failed(FAILED, &["/dev/kvm", "ermission"]);
     for folder in ["run", "data/tmp"] {
         let entries = fs::read_dir(sandbox.files().join(folder)).into_iter().flatten().count();
@@ -210,7 +206,6 @@ fn flags_that_mean_nothing_yet_are_refused() {
     for (flags, part) in [
         (["-v", "/a:/b"].as_slice(), "-v/--volume"),
         (&["-p", "80:80"], "-p/--publish"),
-        (&["-d"], "-d/--detach"),
         (&["--network", "host"], "--network host"),
         (&["--privileged"], "--privileged"),
         (&["--name", "a/b"], "a/b"),

@@ -4,12 +4,17 @@
 
 #![forbid(unsafe_code)]
 
+mod api;
 mod bad_input;
+mod copy;
+mod exec;
 mod exit_codes;
 mod images;
+mod life;
 mod limits;
 mod programs;
 mod signals;
+mod state;
 mod streams;
 mod terminal;
 mod user_env;

@@ -81,8 +81,8 @@ pub fn take_timeline(path: PathBuf) -> Result<Value> {
 fn split(timeline: &Value, began: u64, first: u64) -> Result<Split> {
     let number = |name: &str| timeline[name].as_u64().with_context(|| format!("the timeline has no {name}"));
     let between = |from: u64, to: u64| (to as f64 - from as f64) / 1000.0;
-    let (spawning, monitor) = (number("monitor_spawning")?, number("monitor_started")?);
-    let (vm, ready, created) = (number("vm_created")?, number("agent_ready")?, number("container_created")?);
+    let (spawning, monitor) = (number("monitor_spawning")?, number("monitor_started_ns")?);
+    let (vm, ready, created) = (number("vm_created_ns")?, number("agent_ready_ns")?, number("container_created_ns")?);
     // The moment at which the kernel hands over to the agent is known in guest time only. Both clocks run at one speed.
     let agent_us = (number("guest_agent_ready_us")? as f64) - (number("guest_agent_started_us")? as f64);
     Ok(Split {

@@ -1,14 +1,11 @@
-//! A place to run the command in: an image store with one small image, a run root, and a script in the monitor's place
-//! that says on the control socket what a test wants said.
+//! A place to run the command in: an image store with one small image, a run root, and a file in the place of each part of
+//! the installation, none of which is ever used.
 
 use std::fs;
-use std::io::{Read as _, Write as _};
-use std::os::unix::fs::PermissionsExt as _;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 
-use api::control::{FRAME_MAX, Failure, FromMonitor, Timeline};
-use protocol::{ExitStatus, frame};
 use sha2::{Digest as _, Sha256};
 
 /// The command under test.
@@ -20,41 +17,14 @@ pub struct Bench {
 }
 
 impl Bench {
-    /// A bench whose monitor is a script: bash, with the functions `say FRAME` (write a frame made by the test),
-    /// `hear BYTES FILE` (read so many bytes into a file) and `wait_for_end` (read until the front end has closed), and
-    /// the variable `CONFIG`.
-    pub fn new(script: &str) -> Self {
+    /// A bench with an image in its store.
+    pub fn new() -> Self {
         let bench = Self { directory: tempfile::tempdir().unwrap() };
-        for name in ["kernel", "initramfs"] {
+        for name in ["kernel", "initramfs", "monitor"] {
             fs::write(bench.path(name), name).unwrap();
         }
-        let monitor = format!(
-            "#!/bin/bash\nset -eu\n[[ $1 == --config && $3 == --control-fd ]]\nCONFIG=$2 FD=$4 HERE={}\n\
-             say() {{ cat \"$HERE/$1\" >&$FD; }}\nhear() {{ head -c \"$1\" <&$FD >\"$HERE/$2\"; }}\n\
-             wait_for_end() {{ cat <&$FD >/dev/null; }}\n{script}\n",
-            bench.directory.path().display()
-        );
-        fs::write(bench.path("monitor"), monitor).unwrap();
-        fs::set_permissions(bench.path("monitor"), fs::Permissions::from_mode(0o755)).unwrap();
-        let status = |code| ExitStatus { code, out_of_memory: false, executed_us: 77, agent_resident_kib: 800 };
-        bench.frame("started", &FromMonitor::Started(Timeline { agent_ready: 5, ..Timeline::default() }));
-        bench.frame("exited-0", &FromMonitor::Exited(status(0)));
-        bench.frame("exited-7", &FromMonitor::Exited(status(7)));
-        bench.frame("exited-143", &FromMonitor::Exited(status(143)));
-        let oom = ExitStatus { out_of_memory: true, ..status(137) };
-        bench.frame("out-of-memory", &FromMonitor::Exited(oom));
-        let failure = Failure {
-            exit_code: 127,
-            message: "nothing is found: \x1b[2Jcleared".into(),
-            console: Some("first line\n\nlast \x07line\n".into()),
-        };
-        bench.frame("failed-127", &FromMonitor::Failed(failure));
         bench.pull();
         bench
-    }
-
-    fn frame(&self, name: &str, message: &FromMonitor) {
-        fs::write(self.path(name), frame::encode(message, FRAME_MAX).unwrap()).unwrap();
     }
 
     /// A path in the bench's directory.
@@ -74,15 +44,6 @@ impl Bench {
     /// Runs the command to its end.
     pub fn run(&self, arguments: &[&str]) -> Output {
         self.command(arguments).output().unwrap()
-    }
-
-    /// Starts the command and waits for the line `ready` that the script writes.
-    pub fn start(&self, mut command: Command) -> Child {
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let mut line = [0; 6];
-        child.stdout.as_mut().unwrap().read_exact(&mut line).unwrap();
-        assert_eq!(&line, b"ready\n");
-        child
     }
 
     /// The image's name.
@@ -106,12 +67,6 @@ impl Bench {
         let output = self.run(&["pull", &self.image()]);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
-}
-
-/// Sends a signal to a process of ours.
-pub fn kill(child: &Child, signal: rustix::process::Signal) {
-    let pid = rustix::process::Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap();
-    rustix::process::kill_process(pid, signal).unwrap();
 }
 
 /// Standard error as text.

@@ -1,0 +1,331 @@
+//! A container's log: what its first process wrote, line by line with times, in files of bounded size.
+//!
+//! The format is the one of the kubelet and podman (`TIME STREAM TAG TEXT`): the tag is `F` where a line ends and `P` where
+//! it goes on in the next entry of its stream. The newest entries are in `log`; when that is full it becomes `log.1`, and
+//! what was there goes.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use chrono::{DateTime, SecondsFormat, Utc};
+
+use crate::model::StreamKind;
+
+/// The newest entries.
+const CURRENT: &str = "log";
+/// Those before.
+const PREVIOUS: &str = "log.1";
+/// How large one file may become, in bytes.
+pub const FILE_MAX: u64 = 8 << 20;
+/// The longest entry that is read: a stream is written in pieces of at most 64 KiB.
+const ENTRY_MAX: u64 = 80 << 10;
+
+/// A log that is written.
+#[derive(Debug)]
+pub struct LogWriter {
+    folder: PathBuf,
+    file: File,
+    size: u64,
+    file_max: u64,
+    /// An entry after another, to be written at once.
+    entries: Vec<u8>,
+}
+
+impl LogWriter {
+    /// Opens the log in a folder, at its end.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn open(folder: &Path) -> io::Result<Self> {
+        Self::with_limit(folder, FILE_MAX)
+    }
+
+    fn with_limit(folder: &Path, file_max: u64) -> io::Result<Self> {
+        let file = open(folder)?;
+        let size = file.metadata()?.len();
+        Ok(Self { folder: folder.to_owned(), file, size, file_max, entries: Vec::new() })
+    }
+
+    /// Adds what a stream brought.
+    ///
+    /// # Errors
+    /// What the system says, for example that the disk is full; the entry is lost then, and later ones may not be.
+    pub fn write(&mut self, stream: StreamKind, bytes: &[u8]) -> io::Result<()> {
+        let time = Utc::now().to_rfc3339_opts(SecondsFormat::Nanos, true);
+        let name = name(stream);
+        self.entries.clear();
+        for line in bytes.split_inclusive(|byte| *byte == b'\n') {
+            let (tag, text) = match line.strip_suffix(b"\n") {
+                Some(text) => ('F', text),
+                None => ('P', line),
+            };
+            // Writing to memory does not fail.
+            let _ = write!(self.entries, "{time} {name} {tag} ");
+            self.entries.extend_from_slice(text);
+            self.entries.push(b'\n');
+        }
+        if self.size > 0 && self.size + self.entries.len() as u64 > self.file_max {
+            self.rotate()?;
+        }
+        self.file.write_all(&self.entries)?;
+        self.size += self.entries.len() as u64;
+        Ok(())
+    }
+
+    fn rotate(&mut self) -> io::Result<()> {
+        fs::rename(self.folder.join(CURRENT), self.folder.join(PREVIOUS))?;
+        self.file = open(&self.folder)?;
+        self.size = 0;
+        Ok(())
+    }
+}
+
+fn open(folder: &Path) -> io::Result<File> {
+    OpenOptions::new().append(true).create(true).mode(0o600).open(folder.join(CURRENT))
+}
+
+fn name(stream: StreamKind) -> &'static str {
+    match stream {
+        StreamKind::Stdout => "stdout",
+        StreamKind::Stderr => "stderr",
+    }
+}
+
+/// One entry of a log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// When it was written, in nanoseconds since 1970.
+    pub time_ns: u64,
+    /// The stream.
+    pub stream: StreamKind,
+    /// What was written, with the end of its line where it has one.
+    pub text: Vec<u8>,
+}
+
+impl Entry {
+    fn parse(line: &[u8]) -> Option<Self> {
+        let mut words = line.splitn(4, |byte| *byte == b' ');
+        let time = str::from_utf8(words.next()?).ok()?;
+        let time = DateTime::parse_from_rfc3339(time).ok()?.timestamp_nanos_opt()?;
+        let stream = match words.next()? {
+            b"stdout" => StreamKind::Stdout,
+            b"stderr" => StreamKind::Stderr,
+            _ => return None,
+        };
+        let whole = match words.next()? {
+            b"F" => true,
+            b"P" => false,
+            _ => return None,
+        };
+        let mut text = words.next()?.to_vec();
+        if whole {
+            text.push(b'\n');
+        }
+        Some(Self { time_ns: u64::try_from(time).ok()?, stream, text })
+    }
+
+    /// The entry as it is shown: with its time before it when that is wanted.
+    pub fn shown(&self, timestamps: bool) -> Vec<u8> {
+        let mut shown = Vec::with_capacity(self.text.len() + 32);
+        if timestamps {
+            let time = DateTime::<Utc>::from_timestamp_nanos(i64::try_from(self.time_ns).unwrap_or(i64::MAX));
+            shown.extend_from_slice(time.to_rfc3339_opts(SecondsFormat::Nanos, true).as_bytes());
+            shown.push(b' ');
+        }
+        shown.extend_from_slice(&self.text);
+        shown
+    }
+}
+
+/// Which entries of a log are wanted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Selection {
+    /// Only entries of this time or later, in nanoseconds since 1970.
+    pub since_ns: u64,
+    /// Only the last entries.
+    pub tail: Option<usize>,
+}
+
+/// A log that is read from its oldest entry, and on as it grows.
+#[derive(Debug)]
+pub struct LogReader {
+    folder: PathBuf,
+    selection: Selection,
+    /// The file that is read now.
+    file: Option<BufReader<File>>,
+    /// The files before it were read.
+    in_current: bool,
+    /// Entries to pass over.
+    skip: usize,
+    /// The beginning of an entry whose end was not written yet.
+    partial: Vec<u8>,
+}
+
+impl LogReader {
+    /// Reads the log in a folder. One that is not there is empty.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn open(folder: &Path, selection: Selection) -> io::Result<Self> {
+        let mut reader = Self::at_start(folder, selection);
+        if let Some(tail) = selection.tail {
+            // The files are small enough to be counted first.
+            let mut count = 0usize;
+            while reader.next()?.is_some() {
+                count += 1;
+            }
+            reader = Self::at_start(folder, selection);
+            reader.skip = count.saturating_sub(tail);
+        }
+        Ok(reader)
+    }
+
+    fn at_start(folder: &Path, selection: Selection) -> Self {
+        let (folder, file, in_current) = (folder.to_owned(), None, false);
+        Self { folder, selection, file, in_current, skip: 0, partial: Vec::new() }
+    }
+
+    /// The next entry, or `None` when there is no further one yet.
+    ///
+    /// # Errors
+    /// What the system says.
+    #[expect(clippy::should_implement_trait, reason = "after `None` there may be more")]
+    pub fn next(&mut self) -> io::Result<Option<Entry>> {
+        loop {
+            let Some(line) = self.line()? else { return Ok(None) };
+            // A line that is none of ours, after a crash, says nothing.
+            let Some(entry) = Entry::parse(&line) else { continue };
+            if entry.time_ns < self.selection.since_ns {
+                continue;
+            }
+            if self.skip > 0 {
+                self.skip -= 1;
+                continue;
+            }
+            return Ok(Some(entry));
+        }
+    }
+
+    fn line(&mut self) -> io::Result<Option<Vec<u8>>> {
+        loop {
+            if self.file.is_none() && !self.open_next()? {
+                return Ok(None);
+            }
+            let Some(file) = &mut self.file else { return Ok(None) };
+            let mut limited = io::Read::take(&mut *file, ENTRY_MAX.saturating_sub(self.partial.len() as u64));
+            limited.read_until(b'\n', &mut self.partial)?;
+            if self.partial.last() == Some(&b'\n') {
+                self.partial.pop();
+                return Ok(Some(std::mem::take(&mut self.partial)));
+            }
+            if self.partial.len() as u64 >= ENTRY_MAX {
+                self.partial.clear();
+                continue;
+            }
+            // The end of the file, for now or for ever.
+            if self.in_current && !self.was_rotated()? {
+                return Ok(None);
+            }
+            self.file = None;
+            self.in_current = true;
+            self.partial.clear();
+        }
+    }
+
+    fn open_next(&mut self) -> io::Result<bool> {
+        let names: &[(&str, bool)] =
+            if self.in_current { &[(CURRENT, true)] } else { &[(PREVIOUS, false), (CURRENT, true)] };
+        for (name, current) in names {
+            match File::open(self.folder.join(name)) {
+                Ok(file) => {
+                    (self.file, self.in_current) = (Some(BufReader::new(file)), *current);
+                    return Ok(true);
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(false)
+    }
+
+    /// Whether the file that is read is not the newest one any more.
+    fn was_rotated(&self) -> io::Result<bool> {
+        use std::os::unix::fs::MetadataExt;
+        let Some(file) = &self.file else { return Ok(false) };
+        let ours = file.get_ref().metadata()?;
+        match fs::metadata(self.folder.join(CURRENT)) {
+            Ok(current) => Ok((current.dev(), current.ino()) != (ours.dev(), ours.ino())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(folder: &Path, selection: Selection) -> Vec<u8> {
+        let mut reader = LogReader::open(folder, selection).unwrap();
+        std::iter::from_fn(|| reader.next().unwrap()).flat_map(|entry| entry.text).collect()
+    }
+
+    #[test]
+    fn what_was_written_is_read_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut log = LogWriter::open(folder.path()).unwrap();
+        log.write(StreamKind::Stdout, b"one\ntwo\npart").unwrap();
+        log.write(StreamKind::Stderr, b"\xff\n").unwrap();
+        log.write(StreamKind::Stdout, b" of three\n\n").unwrap();
+        assert_eq!(read(folder.path(), Selection::default()), b"one\ntwo\npart\xff\n of three\n\n");
+        let tail = Selection { tail: Some(2), ..Selection::default() };
+        assert_eq!(read(folder.path(), tail), b" of three\n\n");
+        let future = Selection { since_ns: u64::MAX, ..Selection::default() };
+        assert_eq!(read(folder.path(), future), b"");
+    }
+
+    #[test]
+    fn a_log_that_is_not_there_is_empty() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(read(folder.path(), Selection::default()), b"");
+    }
+
+    #[test]
+    fn files_are_bounded_and_the_last_lines_stay() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut log = LogWriter::with_limit(folder.path(), 4096).unwrap();
+        for number in 0..1000 {
+            log.write(StreamKind::Stdout, format!("line {number}\n").as_bytes()).unwrap();
+        }
+        for name in [CURRENT, PREVIOUS] {
+            assert!(fs::metadata(folder.path().join(name)).unwrap().len() <= 4096, "{name}");
+        }
+        let text = String::from_utf8(read(folder.path(), Selection::default())).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.last(), Some(&"line 999"));
+        let first: usize = lines[0].strip_prefix("line ").unwrap().parse().unwrap();
+        assert_eq!(lines.len(), 1000 - first, "lines are missing in between");
+    }
+
+    #[test]
+    fn a_reader_follows_through_a_rotation() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut log = LogWriter::with_limit(folder.path(), 200).unwrap();
+        let mut reader = LogReader::open(folder.path(), Selection::default()).unwrap();
+        for number in 0..50 {
+            log.write(StreamKind::Stdout, format!("{number}\n").as_bytes()).unwrap();
+            let entry = reader.next().unwrap().unwrap();
+            assert_eq!(entry.text, format!("{number}\n").as_bytes());
+            assert!(reader.next().unwrap().is_none());
+        }
+    }
+
+    #[test]
+    fn lines_that_are_none_of_ours_are_passed_over() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join(CURRENT), b"garbage\n2026-01-01T00:00:00Z stdout F fine\n2026 x").unwrap();
+        assert_eq!(read(folder.path(), Selection::default()), b"fine\n");
+    }
+}

@@ -1,0 +1,15 @@
+//! The documents of the REST API: what requests carry and what answers say. JSON with snake_case names and units at their
+//! ends; requests with a field that does not exist are refused with its name.
+
+mod container;
+mod event;
+mod process;
+mod vm;
+
+pub use container::{
+    Container, ContainerCreate, ContainerState, ContainerStatus, CpuStats, Health, HealthState, HostStats, IoStats,
+    Kill, LimitsUpdate, MemoryStats, PidsStats, Stats, Top, TopProcess,
+};
+pub use event::{Event, EventKind};
+pub use process::{Process, ProcessCreate, ProcessState, Size, StreamKind, WaitResult};
+pub use vm::{Device, Vm, VmBoot, VmState};

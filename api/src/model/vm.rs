@@ -1,0 +1,68 @@
+//! The micro-VM itself.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// A micro-VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Vm {
+    /// Where it is in its life.
+    pub state: VmState,
+    /// The process id of its monitor on the host.
+    pub pid: u32,
+    /// The version of its monitor.
+    pub version: String,
+    /// The guest kernel's file.
+    pub kernel: String,
+    /// The number of vCPUs.
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// Its devices, in the order in which the guest finds them.
+    pub devices: Vec<Device>,
+    /// When each part of its start was over.
+    pub boot: VmBoot,
+}
+
+/// Where a VM is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum VmState {
+    /// Its kernel boots.
+    Booting,
+    /// Its agent takes requests.
+    Running,
+    /// Its vCPUs stand still.
+    Paused,
+    /// It ends.
+    Stopping,
+}
+
+/// A device of a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Device {
+    /// What it is: `vsock`, `block`, `entropy` or `console`.
+    pub kind: String,
+    /// What the driver has set up so far: `reset`, `ready` or `broken` (it broke a rule and must reset the device).
+    pub status: String,
+}
+
+/// When each part of a start was over: nanoseconds of the host's CLOCK_MONOTONIC unless stated otherwise, and 0 for what
+/// has not happened.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmBoot {
+    /// The monitor's `main` began.
+    pub monitor_started_ns: u64,
+    /// The VM was built, and its vCPUs were about to run.
+    pub vm_created_ns: u64,
+    /// The agent's first message came in.
+    pub agent_ready_ns: u64,
+    /// The container that the VM is for was set up in the guest.
+    pub container_created_ns: u64,
+    /// The report that its program was executed came in.
+    pub container_started_ns: u64,
+    /// Guest time at which the agent began, in microseconds: what the kernel took.
+    pub guest_agent_started_us: u64,
+    /// Guest time at which the agent was ready, in microseconds.
+    pub guest_agent_ready_us: u64,
+}

@@ -1,0 +1,166 @@
+//! `/v1/containers/{id}/files`: what is at a path of a container, out of it and into it, as a tar archive.
+
+use std::io;
+use std::os::unix::net::UnixStream as StdStream;
+use std::sync::atomic::Ordering;
+
+use axum::body::Body as HttpBody;
+use axum::extract::State;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use futures_util::TryStreamExt as _;
+use protocol::{Answer, Call};
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use utoipa::ToSchema;
+
+use super::Shared;
+use super::containers::unfit;
+use super::problem::{Path, Problem, ProblemKind, Query};
+
+/// Bytes moved at once.
+const PIECE: usize = 64 << 10;
+/// The header that says what is at the path.
+const STAT: HeaderName = HeaderName::from_static("cofferdam-path-stat");
+
+/// A path in a container.
+#[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct FileQuery {
+    /// The absolute path, resolved in the container's root.
+    path: String,
+}
+
+/// What is at a path: the JSON in the header `Cofferdam-Path-Stat`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PathStat {
+    /// The path's last component.
+    pub name: String,
+    /// File type and permission bits (`st_mode` of stat(2)).
+    pub mode: u32,
+    /// Its size in bytes.
+    pub size: u64,
+    /// When it was changed last, in seconds since 1970.
+    pub modified: i64,
+    /// Where a symbolic link points; empty for anything else.
+    pub link_target: String,
+}
+
+/// Offers a port for an archive, and gives its number and our end.
+fn offer(context: &Shared) -> io::Result<(u32, UnixStream)> {
+    let port = context.next_port.fetch_add(1, Ordering::Relaxed);
+    let (ours, theirs) = StdStream::pair()?;
+    ours.set_nonblocking(true)?;
+    context.machine.offer(port, theirs);
+    Ok((port, UnixStream::from_std(ours)?))
+}
+
+fn out_of_streams(error: &io::Error) -> Problem {
+    Problem::new(ProblemKind::MonitorFailed, format!("cannot make a stream for the archive: {error}"))
+}
+
+/// Copy what is at a path out of a container
+///
+/// A tar archive whose entries begin with the path's last component. One that does not end as an archive does is not whole.
+#[utoipa::path(get, path = "/v1/containers/{id}/files", tag = "files", params(("id" = String, Path), FileQuery),
+    responses((status = 200, content_type = "application/x-tar"),
+        (status = "4XX", body = Problem, content_type = "application/problem+json")))]
+pub(super) async fn copy_out(
+    State(context): State<Shared>,
+    Path(id): Path<String>,
+    Query(FileQuery { path }): Query<FileQuery>,
+) -> Result<Response, Problem> {
+    context.vm.state().container(&id)?.check_running(&id)?;
+    let (port, stream) = offer(&context).map_err(|error| out_of_streams(&error))?;
+    let answer = context.guest.call(Call::CopyOut { container: id, path, port }).await;
+    let info = match answer {
+        Ok(Answer::Path(info)) => info,
+        other => {
+            context.machine.withdraw(port);
+            return Err(other.err().unwrap_or_else(unfit));
+        }
+    };
+    let stat = PathStat {
+        name: info.name,
+        mode: info.mode,
+        size: info.size,
+        modified: info.modified,
+        link_target: info.link_target,
+    };
+    // JSON with everything escaped that a header cannot hold.
+    let stat = serde_json::to_string(&stat).map(|text| escape(&text)).unwrap_or_default();
+    let mut headers = HeaderMap::new();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/x-tar"));
+    if let Ok(stat) = HeaderValue::from_str(&stat) {
+        headers.insert(STAT, stat);
+    }
+    let pieces = futures_util::stream::try_unfold(stream, |mut stream| async move {
+        let mut piece = bytes::BytesMut::with_capacity(PIECE);
+        let count = stream.read_buf(&mut piece).await?;
+        Ok::<_, io::Error>((count > 0).then(|| (piece.freeze(), stream)))
+    });
+    Ok((headers, HttpBody::from_stream(pieces)).into_response())
+}
+
+/// Writes what is not printable ASCII as JSON escapes.
+fn escape(json: &str) -> String {
+    let mut units = [0; 2];
+    json.chars().fold(String::with_capacity(json.len()), |mut text, c| {
+        if matches!(c, ' '..='~') {
+            text.push(c);
+        } else {
+            for unit in c.encode_utf16(&mut units) {
+                text.push_str(&format!("\\u{unit:04x}"));
+            }
+        }
+        text
+    })
+}
+
+/// Copy a tar archive into a directory of a container
+///
+/// No entry leaves the directory.
+#[utoipa::path(put, path = "/v1/containers/{id}/files", tag = "files", params(("id" = String, Path), FileQuery),
+    request_body(content_type = "application/x-tar"),
+    responses((status = 204), (status = "4XX", body = Problem, content_type = "application/problem+json")))]
+pub(super) async fn copy_in(
+    State(context): State<Shared>,
+    Path(id): Path<String>,
+    Query(FileQuery { path }): Query<FileQuery>,
+    body: HttpBody,
+) -> Result<StatusCode, Problem> {
+    context.vm.state().container(&id)?.check_running(&id)?;
+    let (port, mut stream) = offer(&context).map_err(|error| out_of_streams(&error))?;
+    let sent = context.guest.send(Call::CopyIn { container: id, path, port })?;
+    let copy = async {
+        let mut pieces = body.into_data_stream().map_err(io::Error::other);
+        while let Some(piece) = pieces.try_next().await? {
+            stream.write_all(&piece).await?;
+        }
+        stream.shutdown().await
+    };
+    // A guest that takes no more says why in its answer, which counts; a client that breaks off gets none.
+    let copied = copy.await;
+    drop(stream);
+    let answer = sent.answer().await;
+    context.machine.withdraw(port);
+    answer?;
+    copied.map_err(|error| {
+        Problem::new(ProblemKind::InvalidRequest, format!("the archive did not arrive whole: {error}"))
+    })?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_header_holds_any_name() {
+        let text = escape(&serde_json::to_string("a\u{1}ä𝄞").unwrap());
+        assert!(text.is_ascii());
+        assert_eq!(serde_json::from_str::<String>(&text).unwrap(), "a\u{1}ä𝄞");
+    }
+}

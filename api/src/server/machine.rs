@@ -1,0 +1,179 @@
+//! `/v1/vm`, `/v1/events` and `/v1/metrics`: the VM itself.
+
+use std::io;
+use std::sync::atomic::Ordering;
+
+use axum::Json;
+use axum::body::Body as HttpBody;
+use axum::extract::State;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+
+use super::Shared;
+use super::problem::{Problem, Query};
+use crate::config::VmConfig;
+use crate::model::{ContainerStatus, Event, EventKind, HostStats, Vm, VmState};
+
+/// The size of a page, in which proc(5) counts memory.
+const PAGE: u64 = 4096;
+
+/// Show the VM
+#[utoipa::path(get, path = "/v1/vm", tag = "vm", responses((status = 200, body = Vm)))]
+pub(super) async fn show(State(context): State<Shared>) -> Json<Vm> {
+    let devices = context.machine.devices();
+    let state = context.vm.state();
+    Json(Vm {
+        state: state.vm,
+        pid: std::process::id(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        kernel: context.config.kernel.display().to_string(),
+        vcpus: context.config.vcpus,
+        memory_mib: context.config.memory_mib,
+        devices,
+        boot: state.boot,
+    })
+}
+
+/// Show the VM's configuration as it was booted
+#[utoipa::path(get, path = "/v1/vm/config", tag = "vm", responses((status = 200, body = Object)))]
+pub(super) async fn config(State(context): State<Shared>) -> Json<VmConfig> {
+    Json(context.config.clone())
+}
+
+/// Stop all vCPUs where they are
+#[utoipa::path(post, path = "/v1/vm/pause", tag = "vm",
+    responses((status = 204), (status = 409, body = Problem, content_type = "application/problem+json")))]
+pub(super) async fn pause(State(context): State<Shared>) -> Result<StatusCode, Problem> {
+    switch(&context, VmState::Running, VmState::Paused)
+}
+
+/// Let all vCPUs go on
+#[utoipa::path(post, path = "/v1/vm/resume", tag = "vm",
+    responses((status = 204), (status = 409, body = Problem, content_type = "application/problem+json")))]
+pub(super) async fn resume(State(context): State<Shared>) -> Result<StatusCode, Problem> {
+    switch(&context, VmState::Paused, VmState::Running)
+}
+
+fn switch(context: &Shared, from: VmState, to: VmState) -> Result<StatusCode, Problem> {
+    context.vm.change(|state| {
+        if state.vm != from {
+            return Err(Problem::state(format!("the VM is {}", word(state.vm))));
+        }
+        state.vm = to;
+        // Asked for and not waited for: each vCPU stops as soon as it leaves the guest.
+        if to == VmState::Paused {
+            context.machine.pause();
+            state.tell(EventKind::VmPaused);
+        } else {
+            context.machine.resume();
+            state.tell(EventKind::VmResumed);
+        }
+        Ok(StatusCode::NO_CONTENT)
+    })
+}
+
+fn word(state: VmState) -> &'static str {
+    match state {
+        VmState::Booting => "booting",
+        VmState::Running => "running",
+        VmState::Paused => "paused",
+        VmState::Stopping => "stopping",
+    }
+}
+
+/// End the VM and everything in it
+#[utoipa::path(post, path = "/v1/vm/shutdown", tag = "vm", responses((status = 202)))]
+pub(super) async fn shutdown(State(context): State<Shared>) -> StatusCode {
+    context.stopped.store(true, Ordering::Relaxed);
+    context.stop.send_replace(true);
+    StatusCode::ACCEPTED
+}
+
+/// The end of the guest's console
+#[utoipa::path(get, path = "/v1/vm/console", tag = "vm", responses((status = 200, content_type = "text/plain")))]
+pub(super) async fn console(State(context): State<Shared>) -> Response {
+    let kind = HeaderValue::from_static("text/plain; charset=utf-8");
+    let text = String::from_utf8_lossy(&context.machine.console()).into_owned();
+    ([(header::CONTENT_TYPE, kind)], text).into_response()
+}
+
+/// Which events are wanted.
+#[derive(Debug, Default, Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields, default)]
+#[into_params(parameter_in = Query)]
+pub(super) struct EventQuery {
+    /// The number of the first one; those that are not kept any more are left out.
+    since: u64,
+    /// Whether to go on until the VM ends.
+    follow: bool,
+}
+
+/// What happened, one JSON document a line
+#[utoipa::path(get, path = "/v1/events", tag = "vm", params(EventQuery),
+    responses((status = 200, body = Event, content_type = "application/x-ndjson")))]
+pub(super) async fn events(
+    State(context): State<Shared>,
+    Query(query): Query<EventQuery>,
+) -> Result<Response, Problem> {
+    let events = futures_util::stream::unfold((context, Some(query.since)), move |(context, since)| async move {
+        let since = since?;
+        let found = context.vm.until(|state| {
+            let events = state.events_from(since);
+            (!events.is_empty() || !query.follow).then_some(events)
+        });
+        let found = found.await;
+        let last = found.last()?;
+        let over = !query.follow || last.kind == EventKind::VmStopped;
+        let next = (!over).then_some(last.sequence + 1);
+        Some((lines(&found), (context, next)))
+    });
+    let kind = HeaderValue::from_static("application/x-ndjson");
+    Ok(([(header::CONTENT_TYPE, kind)], HttpBody::from_stream(events)).into_response())
+}
+
+fn lines(events: &[Event]) -> io::Result<String> {
+    let mut text = String::new();
+    for event in events {
+        text.push_str(&serde_json::to_string(event)?);
+        text.push('\n');
+    }
+    Ok(text)
+}
+
+/// Figures for Prometheus
+#[utoipa::path(get, path = "/v1/metrics", tag = "vm", responses((status = 200, content_type = "text/plain")))]
+pub(super) async fn metrics(State(context): State<Shared>) -> Response {
+    let host = host_stats();
+    let (up, running) = {
+        let state = context.vm.state();
+        let running = state.containers.values().filter(|entry| entry.state.status == ContainerStatus::Running);
+        (u64::from(state.vm == VmState::Running), running.count() as u64)
+    };
+    let processes = u64::from(context.next_process.load(Ordering::Relaxed) - 1);
+    let figures: [(&str, &str, &str, u64); 7] = [
+        ("cofferdam_vm_up", "gauge", "Whether the agent takes requests and the vCPUs run.", up),
+        ("cofferdam_vm_vcpus", "gauge", "Number of vCPUs.", context.config.vcpus.into()),
+        ("cofferdam_vm_memory_bytes", "gauge", "Guest memory.", u64::from(context.config.memory_mib) << 20),
+        ("cofferdam_containers_running", "gauge", "Containers whose program runs.", running),
+        ("cofferdam_processes_executed_total", "counter", "Processes asked for besides first ones.", processes),
+        ("cofferdam_monitor_cpu_microseconds_total", "counter", "CPU time of monitor and vCPUs.", host.cpu_us),
+        ("cofferdam_monitor_resident_bytes", "gauge", "Resident memory, the guest's included.", host.resident_bytes),
+    ];
+    let text: String = figures
+        .iter()
+        .map(|(name, kind, help, value)| format!("# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {value}\n"))
+        .collect();
+    let kind = HeaderValue::from_static("text/plain; version=0.0.4");
+    ([(header::CONTENT_TYPE, kind)], text).into_response()
+}
+
+/// What this process costs: its CPU clock (clock_gettime(2)) and its resident memory (proc(5)).
+pub(super) fn host_stats() -> HostStats {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    let (seconds, nanoseconds) = (u64::try_from(time.tv_sec), u64::try_from(time.tv_nsec));
+    let cpu_us = seconds.unwrap_or(0) * 1_000_000 + nanoseconds.unwrap_or(0) / 1000;
+    let statm = std::fs::read_to_string("/proc/self/statm").ok();
+    let pages = statm.and_then(|text| text.split_whitespace().nth(1)?.parse::<u64>().ok()).unwrap_or(0);
+    HostStats { cpu_us, resident_bytes: pages * PAGE }
+}

@@ -1,0 +1,377 @@
+//! The server of one micro-VM: HTTP/1.1 over a Unix socket, the conversation with the guest's agent, and the streams of
+//! its processes, all on one thread.
+//!
+//! - [`vm`]: the state, and who may change it how.
+//! - [`guest`]: calls to the agent and what it reports.
+//! - [`streams`], [`log`]: what processes write and read.
+//! - [`routes`]: the paths of the API, by resource: [`machine`], [`containers`], [`processes`], [`files`].
+//! - [`problem`]: what is answered when something is wrong.
+//!
+//! No request waits for another: each is a task, none holds the state while it waits, and every call to the guest has a
+//! deadline. Nothing wakes the thread up but a client, the guest, or a deadline of either.
+
+mod containers;
+mod files;
+mod guest;
+mod log;
+mod machine;
+pub mod problem;
+mod processes;
+mod routes;
+mod streams;
+mod vm;
+
+use std::io;
+use std::os::unix::net::{UnixListener as StdListener, UnixStream as StdStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
+
+use hyper::server::conn::http1;
+use hyper_util::rt::TokioIo;
+use hyper_util::service::TowerToHyperService;
+use protocol::container::Stdio;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Semaphore, oneshot, watch};
+
+use self::guest::{Calls, Guest, Report};
+use self::streams::{Ends, Streams};
+use self::vm::Vm;
+use crate::config::{ContainerConfig, VmConfig};
+use crate::control::EXIT_FAILED;
+use crate::model::{ContainerState, ContainerStatus, Device, VmBoot, VmState};
+use crate::record::End;
+use crate::session::{SessionError, chain};
+
+pub use routes::{PROTOCOL, document};
+
+/// The most connections at a time; more wait to be accepted.
+const CONNECTIONS_MAX: usize = 1024;
+/// How much of a request's head is kept.
+const HEAD_MAX: usize = 32 << 10;
+/// How long a client that was told that the VM ends may take to read its answers.
+const GOODBYE: Duration = Duration::from_millis(1000);
+/// The first vsock port for streams; 1024 is the agent's.
+const FIRST_PORT: u32 = protocol::CONTROL_PORT + 1;
+
+/// What the server needs of the monitor that it is part of.
+pub trait Machine: Send + Sync {
+    /// Stops all vCPUs where they are.
+    fn pause(&self);
+    /// Lets all vCPUs go on.
+    fn resume(&self);
+    /// The end of the guest's console: untrusted bytes.
+    fn console(&self) -> Vec<u8>;
+    /// The VM's devices.
+    fn devices(&self) -> Vec<Device>;
+    /// Offers the peer of `stream` to the guest at a port of the host, for one connection.
+    fn offer(&self, port: u32, stream: StdStream);
+    /// Takes an offer back that was not taken.
+    fn withdraw(&self, port: u32);
+}
+
+/// What a server is started with.
+pub struct Setup {
+    /// The VM as booted.
+    pub config: VmConfig,
+    /// The container to create and start at once: the VM ends with it.
+    pub container: Option<ContainerConfig>,
+    /// Where clients connect.
+    pub listener: Option<StdListener>,
+    /// The folder for the log and for the record of the end.
+    pub folder: Option<PathBuf>,
+    /// The monitor.
+    pub machine: Arc<dyn Machine>,
+    /// Our end of the connection that is offered to the agent.
+    pub agent: StdStream,
+    /// When the monitor began and the VM was built.
+    pub boot: VmBoot,
+    /// Hears that the guest has ended.
+    pub guest_ended: GuestEnded,
+}
+
+/// Held by whoever runs the guest, and dropped when that has ended.
+#[derive(Debug)]
+pub struct GuestRuns(#[expect(dead_code, reason = "dropping it is what it is for")] oneshot::Sender<()>);
+
+/// Hears when its [`GuestRuns`] is dropped.
+#[derive(Debug)]
+pub struct GuestEnded(oneshot::Receiver<()>);
+
+/// A way to tell that the guest has ended.
+pub fn guest_end() -> (GuestRuns, GuestEnded) {
+    let (sender, receiver) = oneshot::channel();
+    (GuestRuns(sender), GuestEnded(receiver))
+}
+
+/// How a VM ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    /// The exit code of the container that the VM was for; else 0, or 125 when the guest failed.
+    pub exit_code: u8,
+    /// Why there is no exit code of its own, in one line.
+    pub error: Option<String>,
+}
+
+/// What every request works with.
+pub(crate) struct Context {
+    vm: Vm,
+    guest: Guest,
+    machine: Arc<dyn Machine>,
+    config: VmConfig,
+    folder: Option<PathBuf>,
+    /// The container that the VM is for.
+    main: Option<String>,
+    next_port: AtomicU32,
+    next_process: AtomicU32,
+    /// Whether somebody wanted the container that the VM is for to end.
+    stopped: AtomicBool,
+    /// Told to end the VM.
+    stop: watch::Sender<bool>,
+    /// Told that the VM has ended: connections end with the requests that are under way.
+    closing: watch::Sender<bool>,
+    /// A permit for each client that something is still being told.
+    clients: Arc<Semaphore>,
+}
+
+type Shared = Arc<Context>;
+
+/// Serves until the container that the VM is for has ended, the VM was told to stop, or the guest ended. `guest_end` says
+/// how the guest ended where the machine knows more than that.
+///
+/// # Errors
+/// The system is out of something, before anything was served.
+pub fn run(setup: Setup, guest_end: impl Fn() -> Option<String>) -> io::Result<Outcome> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
+    runtime.block_on(serve(setup, guest_end))
+}
+
+async fn serve(setup: Setup, guest_end: impl Fn() -> Option<String>) -> io::Result<Outcome> {
+    let Setup { config, container, listener, folder, machine, agent, boot, guest_ended } = setup;
+    agent.set_nonblocking(true)?;
+    let agent = UnixStream::from_std(agent)?;
+    let (guest, calls) = Guest::new();
+    let context = Arc::new(Context {
+        vm: Vm::default(),
+        guest,
+        machine,
+        config,
+        folder,
+        main: container.as_ref().map(|container| container.spec.id.clone()),
+        next_port: AtomicU32::new(FIRST_PORT),
+        next_process: AtomicU32::new(1),
+        stopped: AtomicBool::new(false),
+        stop: watch::Sender::new(false),
+        closing: watch::Sender::new(false),
+        clients: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+    });
+    context.vm.state().boot = boot;
+    if let Some(container) = container {
+        containers::launch(&context, container)?;
+    }
+    if let Some(listener) = listener {
+        listener.set_nonblocking(true)?;
+        tokio::spawn(accept(UnixListener::from_std(listener)?, Arc::clone(&context)));
+    }
+    tokio::spawn(hurry(Arc::clone(&context), guest_ended));
+    let mut stop = context.stop.subscribe();
+    let outcome = tokio::select! {
+        error = talk(&context, agent, calls) => {
+            // What it said last arrives before anybody hears of its end.
+            for streams in context.streams() {
+                streams.finish().await;
+            }
+            context.guest_failed(&error, guest_end())
+        }
+        outcome = context.main_ended() => outcome,
+        _ = stop.wait_for(|stop| *stop) => context.stopped(),
+    };
+    context.record(&outcome);
+    context.closing.send_replace(true);
+    let everybody = u32::try_from(CONNECTIONS_MAX).unwrap_or(u32::MAX);
+    // Whoever waits for the end gets its answer; whoever does not read it is not waited for.
+    let _ = tokio::time::timeout(GOODBYE, context.clients.acquire_many(everybody)).await;
+    Ok(outcome)
+}
+
+/// When the guest has ended, clients that do not read are not waited for any more.
+async fn hurry(context: Shared, guest_ended: GuestEnded) {
+    // The other end is only ever dropped.
+    let _ = guest_ended.0.await;
+    for streams in context.streams() {
+        tokio::spawn(async move { streams.finish().await });
+    }
+}
+
+/// Talks with the agent until that is over.
+async fn talk(context: &Shared, agent: UnixStream, calls: Calls) -> SessionError {
+    guest::converse(agent, calls, |report| match report {
+        Report::Hello(hello) => {
+            context.vm.ready(&hello);
+            Ok(())
+        }
+        Report::Message(message) => {
+            if let Some(drained) = context.vm.hear(message)? {
+                let context = Arc::clone(context);
+                tokio::spawn(async move {
+                    drained.streams.finish().await;
+                    context.vm.change(|state| state.drained(&drained));
+                });
+            }
+            Ok(())
+        }
+    })
+    .await
+}
+
+/// Accepts clients for ever.
+async fn accept(listener: UnixListener, context: Shared) {
+    let router = routes::router(Arc::clone(&context));
+    loop {
+        // The semaphore is never closed.
+        let Ok(permit) = Arc::clone(&context.clients).acquire_owned().await else { return };
+        let Ok((client, _)) = listener.accept().await else {
+            // Out of descriptors: those who are there may leave some.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        let service = TowerToHyperService::new(router.clone());
+        let mut closing = context.closing.subscribe();
+        tokio::spawn(async move {
+            let connection = http1::Builder::new()
+                .half_close(true)
+                .max_buf_size(HEAD_MAX)
+                .serve_connection(TokioIo::new(client), service)
+                .with_upgrades();
+            tokio::pin!(connection);
+            // A client that breaks off is its own business.
+            let over = tokio::select! {
+                _ = connection.as_mut() => true,
+                _ = wait_for_end(&mut closing) => false,
+            };
+            if !over {
+                connection.as_mut().graceful_shutdown();
+                let _ = connection.await;
+            }
+            drop(permit);
+        });
+    }
+}
+
+/// Waits until the VM has ended.
+async fn wait_for_end(closing: &mut watch::Receiver<bool>) {
+    // The sender is in the context, which whoever waits has.
+    let _ = closing.wait_for(|closing| *closing).await;
+}
+
+impl Context {
+    /// Waits until the container that the VM is for has ended and its output has arrived.
+    async fn main_ended(&self) -> Outcome {
+        let Some(main) = &self.main else { return std::future::pending().await };
+        let state = self
+            .vm
+            .until(|state| {
+                let entry = state.containers.get(main)?;
+                let over = entry.state.status == ContainerStatus::Exited && !entry.draining;
+                over.then(|| entry.state.clone())
+            })
+            .await;
+        self.vm.change(|state| state.vm_ended("the VM has ended", 137, None));
+        Outcome { exit_code: state.exit_code.unwrap_or(EXIT_FAILED), error: state.error }
+    }
+
+    /// The VM was told to end.
+    fn stopped(&self) -> Outcome {
+        self.vm.change(|state| state.vm_ended("the VM was stopped", 137, None));
+        let main = self.main.as_ref().and_then(|main| self.vm.state().containers.get(main)?.state.exit_code);
+        Outcome { exit_code: main.unwrap_or(0), error: None }
+    }
+
+    /// The guest has ended, or does not keep to the rules.
+    fn guest_failed(&self, error: &SessionError, guest_end: Option<String>) -> Outcome {
+        let mut message = match error {
+            SessionError::GuestEnded => format!("{error} before {}", self.progress()),
+            _ => chain(error),
+        };
+        if let Some(end) = guest_end {
+            message = format!("{message}: {end}");
+        }
+        let console = self.machine.console();
+        let console = crate::session::shown_lines(&String::from_utf8_lossy(&console));
+        let console = (!console.is_empty()).then_some(console.as_str());
+        self.vm.change(|state| state.vm_ended(&message, EXIT_FAILED, console));
+        // A guest without a container has nobody to fail: it powered off.
+        match (&self.main, error) {
+            (None, SessionError::GuestEnded) => Outcome { exit_code: 0, error: None },
+            _ => Outcome { exit_code: EXIT_FAILED, error: Some(message) },
+        }
+    }
+
+    /// The streams of everything that was executed.
+    fn streams(&self) -> Vec<Arc<Streams>> {
+        self.vm.state().containers.values().flat_map(vm::Entry::all_streams).collect()
+    }
+
+    /// How far the VM was.
+    fn progress(&self) -> &'static str {
+        let state = self.vm.state();
+        if state.vm == VmState::Booting {
+            return "its agent reported";
+        }
+        let main = self.main.as_ref().and_then(|main| state.containers.get(main));
+        match main.map(|entry| entry.state.status) {
+            Some(ContainerStatus::Creating) => "the container was created",
+            Some(ContainerStatus::Created | ContainerStatus::Starting) => "the container was started",
+            Some(_) => "the container did",
+            None => "it was told to",
+        }
+    }
+
+    /// Leaves the end of the container that the VM is for in the folder.
+    fn record(&self, outcome: &Outcome) {
+        let (Some(folder), Some(main)) = (&self.folder, &self.main) else { return };
+        let state = self.vm.state().containers.get(main).map(|entry| entry.state.clone());
+        let state = state.unwrap_or_else(|| ContainerState {
+            status: ContainerStatus::Exited,
+            finished_ns: Some(vm::wall_clock_ns()),
+            exit_code: Some(outcome.exit_code),
+            error: outcome.error.clone(),
+            ..ContainerState::default()
+        });
+        let boot = self.vm.state().boot;
+        let end = End { state, boot, stopped: self.stopped.load(Ordering::Relaxed) };
+        if let Err(error) = crate::record::write(folder, &end) {
+            eprintln!("error: cannot record the end of the container in {}: {error}", folder.display());
+        }
+    }
+
+    /// Offers ports for the streams of a process, and gives their numbers and our ends.
+    fn offer_streams(&self, stdin: bool, terminal: bool) -> io::Result<(Stdio, Ends)> {
+        let offer = || -> io::Result<(u32, StdStream)> {
+            let port = self.next_port.fetch_add(1, Ordering::Relaxed);
+            let (ours, theirs) = StdStream::pair()?;
+            self.machine.offer(port, theirs);
+            Ok((port, ours))
+        };
+        let (mut stdio, mut ends) = (Stdio::default(), Ends::default());
+        if stdin || terminal {
+            let (port, end) = offer()?;
+            (stdio.stdin, ends.stdin) = (Some(port), Some(end));
+        }
+        if !terminal {
+            let (port, end) = offer()?;
+            (stdio.stdout, ends.stdout) = (Some(port), Some(end));
+            let (port, end) = offer()?;
+            (stdio.stderr, ends.stderr) = (Some(port), Some(end));
+        }
+        Ok((stdio, ends))
+    }
+
+    /// Takes the offers back that were not taken: the process was not set up.
+    fn withdraw_streams(&self, stdio: Stdio) {
+        for port in [stdio.stdin, stdio.stdout, stdio.stderr].into_iter().flatten() {
+            self.machine.withdraw(port);
+        }
+    }
+}

@@ -1,0 +1,310 @@
+//! Being a process's front end: its output to our standard streams, our standard input, signals and terminal sizes to it,
+//! until it ends.
+//!
+//! Two threads copy, since our standard descriptors may be anything and cannot be made non-blocking: one that waits makes
+//! nothing else wait. Signals, sizes and the end are the caller's thread's.
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::thread;
+
+use api::client::{Client, ClientError, Streams};
+use api::model::{Kill, Size, StreamKind};
+use hyper::Method;
+use nix::sys::signal::Signal;
+use thiserror::Error;
+use tokio::sync::oneshot;
+
+use crate::signals::Waiter;
+use crate::terminal::{self, RawMode, TerminalError};
+
+/// Bytes copied at once.
+const PIECE: usize = 64 << 10;
+/// The length of a frame's header: the stream, three zeroes, the length of what follows in big-endian.
+const HEADER_LENGTH: usize = 8;
+
+/// Why we cannot be a front end any more.
+#[derive(Debug, Error)]
+pub enum AttachError {
+    /// The API.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// The terminal.
+    #[error(transparent)]
+    Terminal(#[from] TerminalError),
+    /// The system is out of something.
+    #[error("cannot {step}")]
+    System {
+        /// What was tried.
+        step: &'static str,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn system(step: &'static str) -> impl FnOnce(io::Error) -> AttachError {
+    move |source| AttachError::System { step, source }
+}
+
+/// What to attach, and how.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Attach {
+    /// Whether our standard input is the process's.
+    pub stdin: bool,
+    /// Whether the process has a terminal.
+    pub terminal: bool,
+}
+
+/// A process whose streams are ours.
+#[derive(Debug)]
+pub struct Attached {
+    /// Whether all output could be written.
+    output: oneshot::Receiver<bool>,
+    detached: oneshot::Receiver<()>,
+    raw: Option<RawMode>,
+    /// The path of the process in the API.
+    path: String,
+    terminal: bool,
+}
+
+impl Attached {
+    /// Begins to copy. `path` is the process's path in the API.
+    ///
+    /// # Errors
+    /// The terminal does not go along, or there is no thread left.
+    pub fn begin(streams: Streams, path: String, attach: Attach) -> Result<Self, AttachError> {
+        let connection = streams.connection.into_std().map_err(system("use the connection"))?;
+        connection.set_nonblocking(false).map_err(system("use the connection"))?;
+        let raw = (attach.terminal && attach.stdin).then(RawMode::enter).transpose()?;
+        let input = connection.try_clone().map_err(system("use the connection"))?;
+        let (done, output) = oneshot::channel();
+        let (detach, detached) = oneshot::channel();
+        let terminal = attach.terminal;
+        let copy = move || {
+            let written = copy_out((&streams.early[..]).chain(&connection), terminal).is_ok();
+            let _ = connection.shutdown(Shutdown::Both);
+            // Nobody waits for it where the front end is about to end.
+            let _ = done.send(written);
+        };
+        thread::Builder::new().name("output".into()).spawn(copy).map_err(system("start a thread"))?;
+        if attach.stdin {
+            // Never joined: it may wait for input that never comes.
+            let detach = terminal.then_some(detach);
+            let copy = move || copy_in(&input, detach);
+            thread::Builder::new().name("input".into()).spawn(copy).map_err(system("start a thread"))?;
+        } else {
+            let _ = input.shutdown(Shutdown::Write);
+        }
+        Ok(Self { output, detached, raw, path, terminal })
+    }
+
+    /// Passes signals and sizes on until `end` is there and all output was written. `refused` is called with a signal that
+    /// the process could not be sent, and says whether to give up.
+    ///
+    /// # Errors
+    /// As `end` says.
+    pub async fn follow<T, E: From<AttachError>>(
+        mut self,
+        client: &Client,
+        signals: &Waiter<'_>,
+        end: impl Future<Output = Result<T, E>>,
+    ) -> Result<Followed<T>, E> {
+        tokio::pin!(end);
+        let ended = loop {
+            tokio::select! {
+                ended = &mut end => break ended?,
+                Ok(false) = &mut self.output, if !self.output.is_terminated() => return Ok(Followed::Unheard),
+                Ok(()) = &mut self.detached, if !self.detached.is_terminated() => return Ok(Followed::Detached),
+                signal = signals.next() => {
+                    let signal = signal.map_err(|source| AttachError::System { step: "receive signals", source })?;
+                    if !self.pass(client, signal).await && crate::signals::cancels(signal) {
+                        return Ok(Followed::Cancelled(signal as i32));
+                    }
+                }
+            }
+        };
+        if !self.output.is_terminated() {
+            let _ = (&mut self.output).await;
+        }
+        drop(self.raw.take());
+        Ok(Followed::Ended(ended))
+    }
+
+    /// Gives the process's terminal the size of ours.
+    pub async fn resize(&self, client: &Client) {
+        if self.terminal {
+            let terminal = terminal::window_size();
+            let size = Size { rows: terminal.rows, columns: terminal.columns };
+            // A process that has just ended needs no size.
+            let _ = client.act(Method::POST, &format!("{}/resize", self.path), Some(&size)).await;
+        }
+    }
+
+    /// Passes a signal on; whether it arrived.
+    async fn pass(&self, client: &Client, signal: Signal) -> bool {
+        if signal == Signal::SIGWINCH {
+            self.resize(client).await;
+            return true;
+        }
+        let kill = Kill { signal: signal as u8, all: false, stop: crate::signals::cancels(signal) };
+        client.act(Method::POST, &format!("{}/kill", self.path), Some(&kill)).await.is_ok()
+    }
+}
+
+/// How following ended.
+#[derive(Debug)]
+pub enum Followed<T> {
+    /// The process ended.
+    Ended(T),
+    /// Whoever sits at the terminal wants to leave the process alone.
+    Detached,
+    /// Nobody reads our output any more.
+    Unheard,
+    /// A signal came that the process could not be sent, and that ends what we do.
+    Cancelled(i32),
+}
+
+/// Copies a multiplexed stream, or a terminal's, to our standard streams, to its end. Fails when those take no more.
+fn copy_out(mut from: impl Read, terminal: bool) -> io::Result<()> {
+    let mut piece = vec![0; PIECE];
+    loop {
+        let (kind, mut left) = if terminal {
+            (StreamKind::Stdout, usize::MAX)
+        } else {
+            let mut header = [0; HEADER_LENGTH];
+            if from.read_exact(&mut header).is_err() {
+                return Ok(());
+            }
+            let [kind, _, _, _, length @ ..] = header;
+            // What is no frame has no end that could be waited for.
+            let Some(kind) = StreamKind::from_byte(kind) else { return Ok(()) };
+            (kind, u32::from_be_bytes(length) as usize)
+        };
+        while left > 0 {
+            let room = piece.len().min(left);
+            let Ok(count @ 1..) = from.read(&mut piece[..room]) else { return Ok(()) };
+            left -= count;
+            write_all(kind, &piece[..count])?;
+        }
+    }
+}
+
+/// Writes to one of our standard streams, whatever others have made of its descriptor.
+///
+/// # Errors
+/// It takes no more.
+pub fn write_all(kind: StreamKind, mut bytes: &[u8]) -> io::Result<()> {
+    use rustix::event::{PollFd, PollFlags, poll};
+    let sink = match kind {
+        StreamKind::Stdout => rustix::stdio::stdout(),
+        StreamKind::Stderr => rustix::stdio::stderr(),
+    };
+    while !bytes.is_empty() {
+        match rustix::io::write(sink, bytes) {
+            Ok(count) => bytes = &bytes[count..],
+            Err(rustix::io::Errno::INTR) => {}
+            // Somebody else made the descriptor non-blocking: wait, as a blocking one would.
+            Err(rustix::io::Errno::AGAIN) => {
+                poll(&mut [PollFd::new(&sink, PollFlags::OUT)], None)?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Copies our standard input; from a terminal, until the [`DETACH`] keys are pressed.
+fn copy_in(mut sink: &UnixStream, mut detach: Option<oneshot::Sender<()>>) {
+    let mut piece = vec![0; PIECE];
+    let mut held = false;
+    loop {
+        match rustix::io::read(rustix::stdio::stdin(), &mut piece) {
+            Ok(count @ 1..) => {
+                let mut bytes = piece[..count].to_vec();
+                if let Some(sender) = detach.take() {
+                    let (keys, leave) = detach_keys(&mut held, &bytes);
+                    if leave {
+                        _ = sink.write_all(&keys);
+                        // Nobody waits where the process has ended.
+                        _ = sender.send(());
+                        return;
+                    }
+                    (bytes, detach) = (keys, Some(sender));
+                }
+                // The process does not read any more: what comes is left to whoever else reads this descriptor.
+                if sink.write_all(&bytes).is_err() {
+                    return;
+                }
+            }
+            Err(rustix::io::Errno::INTR) => {}
+            // The end, or a descriptor that cannot be read, which is the end too.
+            _ => break,
+        }
+    }
+    let _ = sink.shutdown(Shutdown::Write);
+}
+
+/// The keys that leave a process alone: control-p, control-q, as docker has them.
+const DETACH: [u8; 2] = [0x10, 0x11];
+
+/// What of the keys that were pressed is the process's, and whether to leave. `held` says that the first key of the
+/// sequence was pressed and not passed on yet.
+fn detach_keys(held: &mut bool, bytes: &[u8]) -> (Vec<u8>, bool) {
+    let mut keys = Vec::with_capacity(bytes.len() + 1);
+    for byte in bytes {
+        if *held {
+            *held = false;
+            if *byte == DETACH[1] {
+                return (keys, true);
+            }
+            keys.push(DETACH[0]);
+        }
+        if *byte == DETACH[0] {
+            *held = true;
+        } else {
+            keys.push(*byte);
+        }
+    }
+    (keys, false)
+}
+
+/// Copies a multiplexed stream that an answer's body carries to our standard streams.
+///
+/// # Errors
+/// Our streams take no more, or it breaks off.
+pub async fn copy_body(mut body: hyper::body::Incoming) -> io::Result<()> {
+    use http_body_util::BodyExt as _;
+    let mut pending = Vec::new();
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(io::Error::other)?;
+        let Ok(data) = frame.into_data() else { continue };
+        pending.extend_from_slice(&data);
+        let mut start = 0;
+        while let Some(header) = pending.get(start..start + HEADER_LENGTH) {
+            let length = u32::from_be_bytes([header[4], header[5], header[6], header[7]]) as usize;
+            let kind = StreamKind::from_byte(header[0]).ok_or(io::ErrorKind::InvalidData)?;
+            let Some(text) = pending.get(start + HEADER_LENGTH..start + HEADER_LENGTH + length) else { break };
+            write_all(kind, text)?;
+            start += HEADER_LENGTH + length;
+        }
+        pending.drain(..start);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_detach_keys_leave_and_others_pass() {
+        let mut held = false;
+        assert_eq!(detach_keys(&mut held, b"ab\x10c"), (b"ab\x10c".to_vec(), false));
+        assert_eq!(detach_keys(&mut held, b"x\x10"), (b"x".to_vec(), false));
+        assert_eq!(detach_keys(&mut held, b"\x10\x11y"), (b"\x10".to_vec(), true));
+        let mut held = false;
+        assert_eq!(detach_keys(&mut held, b"\x11"), (b"\x11".to_vec(), false));
+    }
+}

@@ -1,0 +1,102 @@
+//! The REST API of a VM, as programs use it: with curl, over the socket in its state directory.
+
+use serde_json::{Value, json};
+use tests::sandbox::{Detached, Sandbox};
+
+/// Asks with curl, and gives the status code and the answer.
+fn curl(sandbox: &Sandbox, container: &Detached<'_>, arguments: &[&str], path: &str) -> (u16, String) {
+    let socket = format!("{}/api.sock", container.inspect("state_directory"));
+    let url = format!("http://cofferdam{path}");
+    let given = ["--silent", "--show-error", "--write-out", "\n%{http_code}", "--unix-socket", &socket];
+    let answer = sandbox.program("curl", given.iter().chain(arguments).copied().chain([url.as_str()])).end();
+    let (body, code) = answer.succeeded().rsplit_once('\n').unwrap();
+    (code.parse().unwrap(), body.to_owned())
+}
+
+fn json_of((code, body): (u16, String)) -> (u16, Value) {
+    (code, serde_json::from_str(&body).unwrap_or_else(|error| panic!("{error}: {body}")))
+}
+
+#[test]
+fn a_vm_tells_what_it_is() {
+    let sandbox = Sandbox::new();
+    let pod = sandbox.detached("pod", &["--cpus", "2"], "busybox", &["sleep", "1000"]);
+    let (code, vm) = json_of(curl(&sandbox, &pod, &[], "/v1/vm"));
+    assert_eq!((code, &vm["state"], &vm["vcpus"]), (200, &json!("running"), &json!(2)), "{vm}");
+    assert!(vm["boot"]["agent_ready_ns"].as_u64() > vm["boot"]["vm_created_ns"].as_u64(), "{vm}");
+    let (code, document) = json_of(curl(&sandbox, &pod, &[], "/openapi.json"));
+    assert_eq!((code, &document["openapi"]), (200, &json!("3.1.0")));
+    let (code, metrics) = curl(&sandbox, &pod, &[], "/v1/metrics");
+    assert!(code == 200 && metrics.contains("# TYPE"), "{metrics}");
+    let (code, console) = curl(&sandbox, &pod, &[], "/v1/vm/console");
+    assert_eq!(code, 200, "{console}");
+}
+
+#[test]
+fn a_vm_pauses_whole() {
+    let sandbox = Sandbox::new();
+    let pod = sandbox.detached("pod", &[], "busybox", &["sh", "-c", "while :; do echo tick; sleep 0.1; done"]);
+    let post = |path| curl(&sandbox, &pod, &["--request", "POST"], path).0;
+    assert_eq!(post("/v1/vm/pause"), 204);
+    assert_eq!(json_of(curl(&sandbox, &pod, &[], "/v1/vm")).1["state"], "paused");
+    assert_eq!(post("/v1/vm/resume"), 204);
+    assert_eq!(pod.verb("exec", &[], &["echo", "again"]).end().succeeded(), "again\n");
+}
+
+#[test]
+fn problems_have_a_type_and_name_the_field() {
+    let sandbox = Sandbox::new();
+    let pod = sandbox.detached("pod", &[], "busybox", &["sleep", "1000"]);
+    let id = pod.inspect("id");
+    let containers = format!("/v1/containers/{id}");
+    let body = ["--json", r#"{"signal": 15, "sginal": 9}"#];
+    for (arguments, path, status, kind, part) in [
+        (&[][..], "/v1/nothing", 404, "no-such-resource", "/v1/nothing"),
+        (&[], "/v1/containers/none", 404, "no-such-container", "none"),
+        (&["--request", "PUT"], "/v1/vm", 405, "method-not-allowed", "PUT"),
+        (&body, &format!("{containers}/kill"), 400, "invalid-request", "sginal"),
+        (&["--json", r#"{"signal": "TERM"}"#], &format!("{containers}/kill"), 400, "invalid-request", "signal"),
+        (&["--json", r#"{"signal": 65}"#], &format!("{containers}/kill"), 400, "invalid-request", "65"),
+        (&[], &format!("{containers}/wait?begun=true"), 400, "invalid-request", "begun"),
+        (&["--request", "POST"], &format!("{containers}/start"), 409, "wrong-state", "started before"),
+        (&["--request", "DELETE"], &containers, 409, "wrong-state", "kill it first"),
+    ] {
+        let (code, problem) = json_of(curl(&sandbox, &pod, arguments, path));
+        assert_eq!(
+            (code, &problem["type"], &problem["status"]),
+            (status, &json!(kind), &json!(status)),
+            "{path}: {problem}"
+        );
+        assert!(problem["detail"].as_str().unwrap().contains(part), "{path}: {problem}");
+    }
+}
+
+#[test]
+fn one_vm_holds_several_containers() {
+    let sandbox = Sandbox::new();
+    let pod = sandbox.detached("pod", &[], "busybox", &["sleep", "1000"]);
+    let id = pod.inspect("id");
+    let mut spec: Value = serde_json::from_str(&pod.inspect("container.spec")).unwrap();
+    // Another one beside the first, in its pid namespace, with files of its own.
+    spec["id"] = json!("side");
+    spec["hostname"] = json!("side");
+    spec["namespaces"]["pid"] = json!({"container": id});
+    spec["process"]["args"] = json!(["sh", "-c", "echo mine > /tmp/mine; hostname > /tmp/name; sleep 1000"]);
+    let post = |path: &str, body: &Value| json_of(curl(&sandbox, &pod, &["--json", &body.to_string()], path));
+    let (code, created) = post("/v1/containers", &json!({"spec": spec}));
+    assert_eq!((code, &created["status"]), (201, &json!("created")), "{created}");
+    let (code, started) = json_of(curl(&sandbox, &pod, &["--request", "POST"], "/v1/containers/side/start"));
+    assert_eq!((code, &started["status"]), (200, &json!("running")), "{started}");
+    let (_, all) = json_of(curl(&sandbox, &pod, &[], "/v1/containers"));
+    assert_eq!(all.as_array().unwrap().len(), 2, "{all}");
+    // The first one sees the other's processes, and not its files.
+    let look =
+        "until ps | grep -q '[/]tmp/name\\|slee[p] 1000'; do sleep 0.1; done; ps | grep -c '[s]leep 1000'; ls /tmp";
+    assert_eq!(pod.verb("exec", &[], &["sh", "-c", look]).end().succeeded(), "2\n");
+    let (code, _) = curl(&sandbox, &pod, &["--json", r#"{"signal": 9, "all": true}"#], "/v1/containers/side/kill");
+    assert_eq!(code, 204);
+    let (code, ended) = json_of(curl(&sandbox, &pod, &[], "/v1/containers/side/wait"));
+    assert_eq!((code, &ended["exit_code"]), (200, &json!(137)), "{ended}");
+    assert_eq!(curl(&sandbox, &pod, &["--request", "DELETE"], "/v1/containers/side").0, 204);
+    assert_eq!(pod.inspect("state.status"), "running");
+}
