@@ -100,3 +100,20 @@ fn one_vm_holds_several_containers() {
     assert_eq!(curl(&sandbox, &pod, &["--request", "DELETE"], "/v1/containers/side").0, 204);
     assert_eq!(pod.inspect("state.status"), "running");
 }
+
+#[test]
+fn the_example_drives_a_vm_through_its_life() {
+    let sandbox = Sandbox::new();
+    let example = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/examples/vm_client.py");
+    let cofferdam = tests::sandbox::programs().join("cofferdam");
+    let ended =
+        sandbox.program("python3", [example, cofferdam.to_str().unwrap(), &Sandbox::reference("busybox")]).end();
+    let told = "vm_ready created started created started process_started process_exited paused resumed exited deleted exited vm_stopped";
+    assert_eq!(
+        ended.succeeded(),
+        format!(
+            "a VM of 1 CPU and 512 MiB is running\ncontainers: ['running', 'running']\n\
+             executed: 3 b'through the guest\\n' b'oops\\n'\ntasks: True\nrefused: wrong-state\nside ended with 137\nevents: {told}\n"
+        )
+    );
+}
