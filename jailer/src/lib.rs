@@ -14,7 +14,7 @@
 
 use std::io;
 
-use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
 use rustix::thread::set_no_new_privs;
 use seccompiler::{apply_filter, sock_filter};
 use thiserror::Error;
@@ -64,10 +64,15 @@ pub fn process() -> Result<(), JailError> {
     set_no_new_privs(true).map_err(failed("renounce new privileges"))?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(failed("forbid tracing"))?;
     let none = Rlimit { current: Some(0), maximum: Some(0) };
-    setrlimit(Resource::Core, none).map_err(failed("forbid core dumps"))
+    setrlimit(Resource::Core, none).map_err(failed("forbid core dumps"))?;
+    // Each process in a container has a few, and each client one.
+    let files = getrlimit(Resource::Nofile);
+    let most = Rlimit { current: files.maximum, ..files };
+    setrlimit(Resource::Nofile, most).map_err(failed("allow as many open files as there may be"))
 }
 
-/// Restricts the calling thread. After it has what it needs: nothing can be opened any more.
+/// Restricts the calling thread. After it has what it needs: only the API's can open anything any more, which writes the
+/// container's log and the record of its end.
 ///
 /// # Errors
 /// [`JailError::Filter`].

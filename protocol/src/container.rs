@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 /// One container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ContainerSpec {
     /// The container's id: 1 to 64 of `[a-zA-Z0-9_.-]`, not starting with `.`; names its directory and cgroup in the guest.
     pub id: String,
@@ -40,6 +41,7 @@ pub struct ContainerSpec {
 
 /// The namespaces that containers of one VM may share.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Namespaces {
     /// Process ids.
     pub pid: Namespace,
@@ -51,7 +53,7 @@ pub struct Namespaces {
 
 /// Whose namespace a container is in.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Namespace {
     /// A new one.
     #[default]
@@ -62,7 +64,7 @@ pub enum Namespace {
 
 /// Whose network namespace a container is in.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum NetworkNamespace {
     /// The VM's: the VM is the network boundary.
     #[default]
@@ -75,6 +77,7 @@ pub enum NetworkNamespace {
 
 /// A program that says whether a container is well, as an image's HEALTHCHECK: it is when the exit code is 0.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct HealthCheck {
     /// The program and its arguments; run as the container's first process is (user, environment, capabilities).
     pub args: Vec<String>,
@@ -92,6 +95,7 @@ pub struct HealthCheck {
 
 /// Where a root file system comes from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Rootfs {
     /// The block device in the guest that holds the image as EROFS, for example `/dev/vda`.
     pub device: String,
@@ -101,6 +105,7 @@ pub struct Rootfs {
 
 /// A mount inside the container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Mount {
     /// The absolute path in the container; created when missing, resolved inside the root.
     pub destination: String,
@@ -112,7 +117,7 @@ pub struct Mount {
 
 /// What a mount shows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum MountSource {
     /// A new tmpfs.
     Tmpfs {
@@ -131,6 +136,7 @@ pub enum MountSource {
 
 /// A file given to the container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct File {
     /// The absolute path in the container.
     pub path: String,
@@ -143,6 +149,7 @@ pub struct File {
 /// Limits of a cgroup (cgroup v2 interface files in brackets). `None` leaves a limit as it is, which for a new container is
 /// none; `u64::MAX` takes it away.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Limits {
     /// Bytes of memory (`memory.max`).
     pub memory_bytes: Option<u64>,
@@ -154,6 +161,7 @@ pub struct Limits {
 
 /// One process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ProcessSpec {
     /// The program and its arguments; the program is looked up in the process's own `PATH`. At least one.
     pub args: Vec<String>,
@@ -185,6 +193,7 @@ pub struct ProcessSpec {
 /// The host's vsock ports that the agent dials for the streams of a process. A stream without a port is `/dev/null`.
 /// With a terminal, `stdin` carries both directions and the others are not used.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Stdio {
     /// Standard input; with a terminal, its master side in both directions.
     pub stdin: Option<u32>,
@@ -196,6 +205,7 @@ pub struct Stdio {
 
 /// A resource limit as `setrlimit(2)` takes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Rlimit {
     /// The resource's number on Linux x86-64 (`RLIMIT_NOFILE` is 7).
     pub resource: u8,
@@ -207,7 +217,7 @@ pub struct Rlimit {
 
 /// Which system calls a process may make.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Seccomp {
     /// The profile that docker and podman apply by default.
     Default,
@@ -217,6 +227,7 @@ pub enum Seccomp {
 
 /// The size of a terminal in characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct WindowSize {
     /// Lines.
     pub rows: u16,

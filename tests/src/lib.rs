@@ -15,6 +15,8 @@ pub mod sandbox;
 pub const FOLDER_VARIABLE: &str = "COFFERDAM_E2E";
 /// Names the folder with the programs to test, the guest kernel and the initramfs.
 pub const PROGRAMS_VARIABLE: &str = "COFFERDAM_BIN";
+/// Names the program of an agent that means harm.
+pub const HOSTILE_VARIABLE: &str = "COFFERDAM_HOSTILE_AGENT";
 /// In the prepared folder: a store that holds all images already.
 pub const STORE: &str = "store";
 /// In the prepared folder: the storage of a registry that holds all images.

@@ -243,6 +243,18 @@ impl Sandbox {
         left
     }
 
+    /// The one monitor that runs here.
+    ///
+    /// # Panics
+    /// There is none, or more than one.
+    #[must_use]
+    pub fn monitor(&self) -> u32 {
+        let comm = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        let found: Vec<u32> = self.processes().into_iter().filter(|pid| comm(pid).trim() == "cofferdam-vmm").collect();
+        assert_eq!(found.len(), 1, "{found:?}");
+        found[0]
+    }
+
     /// The processes that were started here, wherever they are now.
     #[must_use]
     pub fn processes(&self) -> Vec<u32> {

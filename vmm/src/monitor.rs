@@ -97,15 +97,23 @@ pub fn run(config: LaunchConfig, listener: Option<UnixListener>, started: u64) -
         let (sender, guest_ended) = server::guest_end();
         flushing = Some(sender);
         let (bus, console) = (machine.bus.clone(), machine.console.clone());
-        let handle = Handle { bus, console, ports: ports.clone(), vcpus: Arc::clone(&vcpus) };
+        let kind = |device: &Arc<Mutex<devices::mmio::MmioDevice>>| {
+            device.lock().unwrap_or_else(PoisonError::into_inner).kind()
+        };
+        let kinds = bus.devices.iter().map(kind).collect();
+        let handle = Handle { bus, kinds, console, ports: ports.clone(), vcpus: Arc::clone(&vcpus) };
         let LaunchConfig { vm, container, folder, .. } = config;
         let machine: Arc<dyn server::Machine> = Arc::new(handle);
         let setup = Setup { config: vm, container, listener, folder, machine, agent, boot, guest_ended };
         serve(setup, Arc::clone(&guest_end), ender()?)?;
     }
-    let end = run_guest(&mut machine, &vcpus, event.try_clone().map_err(system("clone an eventfd"))?, &ended, &ender)?;
+    let event = event.try_clone().map_err(system("clone an eventfd"))?;
+    let end = match run_guest(&mut machine, &vcpus, event, &ended, &ender) {
+        Err(error @ MonitorError::EventLoop(_)) => return Ok(told(&error)),
+        end => end?,
+    };
     match (end, flushing) {
-        (End::Api(outcome), _) => outcome.map_err(system("serve the API")),
+        (End::Api(outcome), _) => Ok(of_api(outcome)),
         (End::Guest(end), Some(flushing)) => {
             *guest_end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
             // From now on slow clients are not waited for, and what the guest has said is delivered.
@@ -124,9 +132,15 @@ fn serve(setup: Setup, guest_end: Arc<Mutex<Option<GuestEnd>>>, ender: Ender) ->
     // Without one it was the agent that let go.
     let explain = move || guest_end.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|end| chain(end));
     let thread = thread::Builder::new().name("api".into());
+    let folder = setup.folder.clone();
     let serve = move || {
         confine(jailer::Thread::Api);
-        ender.end(End::Api(server::run(setup, explain)));
+        let outcome = server::run(setup, explain);
+        if let (Err(error), Some(folder)) = (&outcome, folder) {
+            // Here and not where it is told: the other threads can open nothing any more.
+            record_failure(&folder, &format!("cannot serve the API: {}", chain(error)));
+        }
+        ender.end(End::Api(outcome));
     };
     thread.spawn(serve).map(drop).map_err(system("start the API's thread"))
 }
@@ -152,10 +166,19 @@ fn run_guest(
     Ok(end)
 }
 
+/// A failure that is only told: once a guest runs, nothing can be opened any more by this thread to record it.
+fn told(error: &dyn std::error::Error) -> Outcome {
+    Outcome { exit_code: api::control::EXIT_FAILED, error: Some(chain(error)) }
+}
+
+fn of_api(outcome: io::Result<Outcome>) -> Outcome {
+    outcome.map_err(system("serve the API")).unwrap_or_else(|error| told(&error))
+}
+
 fn outcome_of_api(ended: &Receiver<End>) -> Result<Outcome, MonitorError> {
     loop {
         match ended.recv() {
-            Ok(End::Api(outcome)) => return outcome.map_err(system("serve the API")),
+            Ok(End::Api(outcome)) => return Ok(of_api(outcome)),
             // Other vCPUs stop when the first one does.
             Ok(End::Guest(_)) => {}
             Err(_) => return Err(system("hear from the API's thread")(io::ErrorKind::BrokenPipe.into())),
@@ -212,6 +235,7 @@ pub(crate) fn confine(kind: jailer::Thread) {
 /// The machine as the API knows it.
 struct Handle {
     bus: Bus,
+    kinds: Vec<&'static str>,
     console: devices::console::ConsoleOutput,
     ports: HostPorts,
     vcpus: Arc<Threads>,
@@ -232,11 +256,13 @@ impl server::Machine for Handle {
     }
 
     fn devices(&self) -> Vec<Device> {
-        let describe = |device: &Arc<Mutex<devices::mmio::MmioDevice>>| {
-            let device = device.lock().unwrap_or_else(PoisonError::into_inner);
-            Device { kind: device.kind().to_owned(), status: device.driver_status().to_owned() }
+        // One that is at work is not waited for: its disk may not answer.
+        let status = |device: &Mutex<devices::mmio::MmioDevice>| match device.try_lock() {
+            Ok(device) => device.driver_status().to_owned(),
+            Err(_) => "busy".to_owned(),
         };
-        self.bus.devices.iter().map(describe).collect()
+        let both = self.kinds.iter().zip(self.bus.devices.iter());
+        both.map(|(kind, device)| Device { kind: (*kind).to_owned(), status: status(device) }).collect()
     }
 
     fn offer(&self, port: u32, stream: UnixStream) {

@@ -66,7 +66,8 @@ fn unit() -> Result<()> {
 /// Tests that boot guests: here when KVM can, else in the lab. The exit code is the last failing program's.
 pub fn e2e(filters: &[OsString]) -> Result<ExitCode> {
     let programs = step("end-to-end tests: compile", e2e_programs)?;
-    let environment = step("end-to-end tests: images", images::environment)?;
+    let mut environment = step("end-to-end tests: images", images::environment)?;
+    environment.push((tests::HOSTILE_VARIABLE.into(), step("end-to-end tests: hostile agent", hostile_agent)?.into()));
     let here = demo::kvm_runs_guests();
     if !here {
         eprintln!("test: /dev/kvm on this host cannot run guests: running the end-to-end tests in the lab");
@@ -101,6 +102,12 @@ pub fn e2e(filters: &[OsString]) -> Result<ExitCode> {
         }
     }
     Ok(code)
+}
+
+/// Compiles the agent that means harm, and gives its path.
+fn hostile_agent() -> Result<PathBuf> {
+    run(cargo().args(["build", "--package", "agent", "--example", "hostile"]))?;
+    Ok(paths::target().join(paths::TARGET).join("debug/examples/hostile"))
 }
 
 /// Compiles the end-to-end tests and gives the programs that hold them.

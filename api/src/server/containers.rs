@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use axum::Json;
 use axum::body::Body as HttpBody;
@@ -12,11 +13,11 @@ use protocol::container::{ContainerSpec, Limits, WindowSize};
 use protocol::{Answer, Call, Target};
 use serde::Deserialize;
 
-use super::guest::Pending;
+use super::guest::{CALL_DEADLINE, Pending, done, late, unfit};
 use super::log::{Follower, Log};
 use super::problem::{Body, Path, Problem, ProblemKind, Query};
 use super::streams::{Streams, Use};
-use super::{Shared, routes};
+use super::{Offer, Shared, routes};
 use crate::config::ContainerConfig;
 use crate::log::Selection;
 use crate::model::{
@@ -31,45 +32,42 @@ pub(super) fn launch(context: &Shared, container: ContainerConfig) -> io::Result
     let usage = Use { log, hold: container.wait_for_attach, stdin_once: container.stdin_once, ..Use::default() };
     let id = container.spec.id.clone();
     let begun = begin(context, container.spec, container.stdin, usage);
+    let (creation, offers) = begun.map_err(|problem| io::Error::other(problem.detail))?;
+    let start = context.guest.send(Call::Start { container: id.clone() });
     let context = Arc::clone(context);
-    match begun {
-        Ok(creation) => {
-            let start = context.guest.send(Call::Start { container: id.clone() });
-            tokio::spawn(async move {
-                let created = creation.answer().await;
-                context.vm.change(|state| {
-                    state.boot.container_created_ns = now();
-                    state.created(&id, created.as_ref().map(drop));
-                    if let Ok(entry) = state.container(&id)
-                        && entry.state.status == ContainerStatus::Created
-                    {
-                        entry.state.status = ContainerStatus::Starting;
-                    }
-                });
-                let started = match start {
-                    Ok(start) => start.answer().await.map(drop),
-                    Err(problem) => Err(problem),
-                };
-                context.vm.change(|state| {
-                    state.boot.container_started_ns = now();
-                    state.started(&id, started.as_ref().map(drop));
-                });
-            });
-            Ok(())
-        }
-        Err(problem) => Err(io::Error::other(problem.detail)),
-    }
+    tokio::spawn(async move {
+        let created = creation.answer().await.and_then(done);
+        drop(offers);
+        context.vm.change(|state| {
+            state.boot.container_created_ns = now();
+            state.created(&id, created.as_ref().copied());
+            if let Ok(entry) = state.container(&id)
+                && entry.state.status == ContainerStatus::Created
+            {
+                entry.state.status = ContainerStatus::Starting;
+            }
+        });
+        let started = match start {
+            Ok(start) => start.answer().await.and_then(done),
+            Err(problem) => Err(problem),
+        };
+        context.vm.change(|state| {
+            state.boot.container_started_ns = now();
+            state.started(&id, started.as_ref().copied());
+        });
+    });
+    Ok(())
 }
 
-/// Adds a container and asks the agent to create it.
-fn begin(context: &Shared, mut spec: ContainerSpec, stdin: bool, usage: Use) -> Result<Pending, Problem> {
+/// Adds a container and asks the agent to create it. The offers are to be kept until it has.
+fn begin(context: &Shared, mut spec: ContainerSpec, stdin: bool, usage: Use) -> Result<(Pending, Vec<Offer>), Problem> {
     let id = spec.id.clone();
     let terminal = spec.process.terminal.is_some();
     let failed = |error: io::Error| {
         Problem::new(ProblemKind::MonitorFailed, format!("cannot make the streams of container {id}: {error}"))
     };
     context.vm.state().may_add(&id)?;
-    let (stdio, ends) = context.offer_streams(stdin, terminal).map_err(failed)?;
+    let (stdio, ends, offers) = context.offer_streams(stdin, terminal).map_err(failed)?;
     spec.process.stdio = stdio;
     let streams = Streams::start(ends, Use { terminal, ..usage }).map_err(failed)?;
     let spec = Arc::new(spec);
@@ -78,10 +76,9 @@ fn begin(context: &Shared, mut spec: ContainerSpec, stdin: bool, usage: Use) -> 
         context.guest.send(Call::Create(Box::new((*spec).clone())))
     });
     if sent.is_err() {
-        context.withdraw_streams(stdio);
         context.vm.change(|state| state.containers.remove(&id));
     }
-    sent
+    Ok((sent?, offers))
 }
 
 /// List containers
@@ -105,16 +102,19 @@ pub(super) async fn create(
         return Err(Problem::new(ProblemKind::InvalidRequest, detail));
     }
     let usage = Use { hold: create.wait_for_attach, ..Use::default() };
-    let created = begin(&context, create.spec, create.stdin, usage)?.answer().await;
-    if let Err(problem) = created {
-        context.vm.change(|state| state.containers.remove(&id));
-        return Err(problem);
-    }
-    let shown = context.vm.change(|state| {
-        state.created(&id, Ok(()));
-        state.container(&id).map(|entry| entry.shown())
-    })?;
-    Ok((StatusCode::CREATED, Json(shown)))
+    let (creation, offers) = begin(&context, create.spec, create.stdin, usage)?;
+    let shown = creation.settle(move |created| {
+        drop(offers);
+        context.vm.change(|state| {
+            if let Err(problem) = created.and_then(done) {
+                state.containers.remove(&id);
+                return Err(problem);
+            }
+            state.created(&id, Ok(()));
+            state.container(&id).map(|entry| entry.shown())
+        })
+    });
+    Ok((StatusCode::CREATED, Json(shown.await?)))
 }
 
 /// Show a container
@@ -129,11 +129,14 @@ pub(super) async fn show(State(context): State<Shared>, Path(id): Path<String>) 
     responses((status = 204), (status = "4XX", body = Problem, content_type = "application/problem+json")))]
 pub(super) async fn delete(State(context): State<Shared>, Path(id): Path<String>) -> Result<StatusCode, Problem> {
     let status = context.vm.state().container(&id)?.state.status;
+    if context.main.as_ref() == Some(&id) {
+        return Err(Problem::state(format!("the VM is for container {id} and ends with it: shut the VM down")));
+    }
     match status {
         ContainerStatus::Exited => {}
         ContainerStatus::Created => {
             signal(&context, &id, None, Kill { signal: 9, all: true, stop: true }).await?;
-            exited(&context, &id).await;
+            tokio::time::timeout(CALL_DEADLINE, exited(&context, &id)).await.map_err(|_| late())?;
         }
         _ => return Err(Problem::state(format!("container {id} has not ended: kill it first"))),
     }
@@ -156,14 +159,21 @@ pub(super) async fn start(State(context): State<Shared>, Path(id): Path<String>)
             ContainerStatus::Exited => return Err(Problem::state(format!("container {id} has ended"))),
             _ => return Err(Problem::state(format!("container {id} was started before"))),
         }
-        context.guest.send(Call::Start { container: id.clone() })
+        let sent = context.guest.send(Call::Start { container: id.clone() });
+        if sent.is_err() {
+            state.container(&id)?.state.status = ContainerStatus::Created;
+        }
+        sent
     })?;
-    let started = sent.answer().await.map(drop);
-    context.vm.change(|state| {
-        state.started(&id, started.as_ref().map(drop));
-        started?;
-        state.container(&id).map(|entry| Json(entry.shown()))
-    })
+    let started = sent.settle(move |started| {
+        let started = started.and_then(done);
+        context.vm.change(|state| {
+            state.started(&id, started.as_ref().copied());
+            started?;
+            state.container(&id).map(|entry| Json(entry.shown()))
+        })
+    });
+    started.await
 }
 
 /// Send a signal
@@ -195,11 +205,15 @@ pub(super) async fn signal(context: &Shared, id: &str, process: Option<String>, 
         }
         _ => {}
     }
-    if stop && process.is_none() && context.main.as_deref() == Some(id) {
-        context.stopped.store(true, std::sync::atomic::Ordering::Relaxed);
-    }
+    let stops = stop && process.is_none() && context.main.as_deref() == Some(id);
+    // Noted before it ends.
+    let before = stops && context.stopped.swap(true, Ordering::Relaxed);
     let target = Target { container: id.to_owned(), process };
-    context.guest.call(Call::Signal { target, signal, all }).await.map(drop)
+    let sent = context.guest.act(Call::Signal { target, signal, all }).await;
+    if stops && sent.is_err() {
+        context.stopped.store(before, Ordering::Relaxed);
+    }
+    sent
 }
 
 /// Stop all processes of a container where they are
@@ -229,7 +243,13 @@ async fn freeze(context: &Shared, id: String, frozen: bool) -> Result<StatusCode
             return Err(Problem::state(format!("container {id} is not {word}")));
         }
     }
-    context.guest.call(Call::Freeze { container: id.clone(), frozen }).await?;
+    let frozen_now = context.guest.act(Call::Freeze { container: id.clone(), frozen }).await;
+    if frozen && frozen_now.as_ref().is_err_and(|problem| problem.kind == ProblemKind::GuestTimeout) {
+        // A process that cannot be stopped now would be later, when nobody counts on it any more.
+        let _ = context.guest.send(Call::Freeze { container: id, frozen: false });
+        return Err(late());
+    }
+    frozen_now?;
     context.vm.change(|state| {
         let entry = state.container(&id)?;
         if entry.state.status == from {
@@ -277,8 +297,7 @@ pub(super) async fn wait(
 async fn exited(context: &Shared, id: &str) -> Option<ContainerState> {
     let ended = context.vm.until(|state| {
         let Some(entry) = state.containers.get(id) else { return Some(None) };
-        let over = entry.state.status == ContainerStatus::Exited && !entry.draining;
-        over.then(|| Some(entry.state.clone()))
+        entry.is_over().then(|| Some(entry.state.clone()))
     });
     ended.await
 }
@@ -295,7 +314,7 @@ pub(super) async fn limits(
     context.vm.state().container(&id)?;
     let LimitsUpdate { memory_bytes, pids, cpu_quota_us } = update;
     let limits = Limits { memory_bytes, pids, cpu_quota_us };
-    context.guest.call(Call::Update { container: id, limits }).await?;
+    context.guest.act(Call::Update { container: id, limits }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -349,11 +368,6 @@ pub(super) async fn top(State(context): State<Shared>, Path(id): Path<String>) -
     Ok(Json(Top { processes: processes.into_iter().map(shown).collect() }))
 }
 
-/// An answer that is not one to the question.
-pub(super) fn unfit() -> Problem {
-    Problem::new(ProblemKind::GuestFailed, "the guest's agent answered something else than was asked")
-}
-
 /// Set the size of the terminal of a container's first process
 #[utoipa::path(post, path = "/v1/containers/{id}/resize", tag = "containers", params(("id" = String, Path)),
     request_body = Size,
@@ -365,7 +379,7 @@ pub(super) async fn resize(
 ) -> Result<StatusCode, Problem> {
     context.vm.state().container(&id)?;
     let target = Target { container: id, process: None };
-    context.guest.call(Call::Resize { target, size: WindowSize::from(size) }).await?;
+    context.guest.act(Call::Resize { target, size: WindowSize::from(size) }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -430,11 +444,7 @@ async fn next_entries(
 ) -> io::Result<Option<bytes::Bytes>> {
     loop {
         // Asked before the log is read, so that nothing comes in between.
-        let over = context
-            .vm
-            .state()
-            .container(id)
-            .is_ok_and(|entry| entry.state.status == ContainerStatus::Exited && !entry.draining);
+        let over = context.vm.state().container(id).is_ok_and(|entry| entry.is_over());
         if let Some(frames) = reader.next()? {
             return Ok(Some(frames));
         }

@@ -1,8 +1,6 @@
 //! `/v1/containers/{id}/files`: what is at a path of a container, out of it and into it, as a tar archive.
 
 use std::io;
-use std::os::unix::net::UnixStream as StdStream;
-use std::sync::atomic::Ordering;
 
 use axum::body::Body as HttpBody;
 use axum::extract::State;
@@ -15,9 +13,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use utoipa::ToSchema;
 
-use super::Shared;
-use super::containers::unfit;
+use super::guest::{CALL_DEADLINE, done, unfit};
 use super::problem::{Path, Problem, ProblemKind, Query};
+use super::{Context, Offer, Shared};
 
 /// Bytes moved at once.
 const PIECE: usize = 64 << 10;
@@ -48,17 +46,26 @@ pub struct PathStat {
     pub link_target: String,
 }
 
-/// Offers a port for an archive, and gives its number and our end.
-fn offer(context: &Shared) -> io::Result<(u32, UnixStream)> {
-    let port = context.next_port.fetch_add(1, Ordering::Relaxed);
-    let (ours, theirs) = StdStream::pair()?;
-    ours.set_nonblocking(true)?;
-    context.machine.offer(port, theirs);
-    Ok((port, UnixStream::from_std(ours)?))
+/// Offers a port for an archive, and gives the offer and our end.
+fn offer(context: &Shared) -> Result<(Offer, UnixStream), Problem> {
+    let offered = context.offer().and_then(|(offer, ours)| {
+        ours.set_nonblocking(true)?;
+        Ok((offer, UnixStream::from_std(ours)?))
+    });
+    offered.map_err(|error| {
+        Problem::new(ProblemKind::MonitorFailed, format!("cannot make a stream for the archive: {error}"))
+    })
 }
 
-fn out_of_streams(error: &io::Error) -> Problem {
-    Problem::new(ProblemKind::MonitorFailed, format!("cannot make a stream for the archive: {error}"))
+/// Waits for something that the guest is to do with an archive, as long as the guest lives and does anything.
+async fn moved<T>(context: &Context, what: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    let mut over = context.guest_over.subscribe();
+    tokio::select! {
+        biased;
+        done = what => done,
+        _ = over.wait_for(|over| *over) => Err(io::Error::new(io::ErrorKind::BrokenPipe, "the guest has ended")),
+        () = tokio::time::sleep(CALL_DEADLINE) => Err(io::ErrorKind::TimedOut.into()),
+    }
 }
 
 /// Copy what is at a path out of a container
@@ -73,15 +80,10 @@ pub(super) async fn copy_out(
     Query(FileQuery { path }): Query<FileQuery>,
 ) -> Result<Response, Problem> {
     context.vm.state().container(&id)?.check_running(&id)?;
-    let (port, stream) = offer(&context).map_err(|error| out_of_streams(&error))?;
-    let answer = context.guest.call(Call::CopyOut { container: id, path, port }).await;
-    let info = match answer {
-        Ok(Answer::Path(info)) => info,
-        other => {
-            context.machine.withdraw(port);
-            return Err(other.err().unwrap_or_else(unfit));
-        }
-    };
+    let (offer, stream) = offer(&context)?;
+    let answer = context.guest.call(Call::CopyOut { container: id, path, port: offer.port }).await?;
+    drop(offer);
+    let Answer::Path(info) = answer else { return Err(unfit()) };
     let stat = PathStat {
         name: info.name,
         mode: info.mode,
@@ -96,10 +98,10 @@ pub(super) async fn copy_out(
     if let Ok(stat) = HeaderValue::from_str(&stat) {
         headers.insert(STAT, stat);
     }
-    let pieces = futures_util::stream::try_unfold(stream, |mut stream| async move {
+    let pieces = futures_util::stream::try_unfold((context, stream), |(context, mut stream)| async move {
         let mut piece = bytes::BytesMut::with_capacity(PIECE);
-        let count = stream.read_buf(&mut piece).await?;
-        Ok::<_, io::Error>((count > 0).then(|| (piece.freeze(), stream)))
+        let count = moved(&context, stream.read_buf(&mut piece)).await?;
+        Ok::<_, io::Error>((count > 0).then(|| (piece.freeze(), (context, stream))))
     });
     Ok((headers, HttpBody::from_stream(pieces)).into_response())
 }
@@ -132,21 +134,23 @@ pub(super) async fn copy_in(
     body: HttpBody,
 ) -> Result<StatusCode, Problem> {
     context.vm.state().container(&id)?.check_running(&id)?;
-    let (port, mut stream) = offer(&context).map_err(|error| out_of_streams(&error))?;
-    let sent = context.guest.send(Call::CopyIn { container: id, path, port })?;
-    let copy = async {
+    let (offer, mut stream) = offer(&context)?;
+    let mut answer = context.guest.send(Call::CopyIn { container: id, path, port: offer.port })?;
+    let context = &context;
+    let copy = async move {
         let mut pieces = body.into_data_stream().map_err(io::Error::other);
         while let Some(piece) = pieces.try_next().await? {
-            stream.write_all(&piece).await?;
+            moved(context, stream.write_all(&piece)).await?;
         }
         stream.shutdown().await
     };
     // A guest that takes no more says why in its answer, which counts; a client that breaks off gets none.
-    let copied = copy.await;
-    drop(stream);
-    let answer = sent.answer().await;
-    context.machine.withdraw(port);
-    answer?;
+    let copied = tokio::select! {
+        biased;
+        copied = copy => copied,
+        early = answer.early() => return early.and_then(|_| Err(unfit())),
+    };
+    answer.answer().await.and_then(done)?;
     copied.map_err(|error| {
         Problem::new(ProblemKind::InvalidRequest, format!("the archive did not arrive whole: {error}"))
     })?;

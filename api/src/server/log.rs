@@ -85,6 +85,6 @@ impl Follower {
 /// Adds an entry as a frame.
 fn frame(entry: &Entry, timestamps: bool, to: &mut BytesMut) {
     let text = entry.shown(timestamps);
-    to.put_slice(&header(entry.stream, text.len()));
+    to.put_slice(&header(entry.stream as u8, text.len()));
     to.put_slice(&text);
 }

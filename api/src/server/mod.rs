@@ -21,7 +21,7 @@ mod routes;
 mod streams;
 mod vm;
 
-use std::io;
+use std::io::{self, Write as _};
 use std::os::unix::net::{UnixListener as StdListener, UnixStream as StdStream};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -52,6 +52,8 @@ const CONNECTIONS_MAX: usize = 1024;
 const HEAD_MAX: usize = 32 << 10;
 /// How long a client that was told that the VM ends may take to read its answers.
 const GOODBYE: Duration = Duration::from_millis(1000);
+/// How long those who are attached to other processes than the first may take to read the last of their output.
+const PARTING: Duration = Duration::from_secs(10);
 /// The first vsock port for streams; 1024 is the agent's.
 const FIRST_PORT: u32 = protocol::CONTROL_PORT + 1;
 
@@ -129,6 +131,8 @@ pub(crate) struct Context {
     stopped: AtomicBool,
     /// Told to end the VM.
     stop: watch::Sender<bool>,
+    /// Told that the guest has ended: nothing more of it can be copied.
+    guest_over: watch::Sender<bool>,
     /// Told that the VM has ended: connections end with the requests that are under way.
     closing: watch::Sender<bool>,
     /// A permit for each client that something is still being told.
@@ -163,6 +167,7 @@ async fn serve(setup: Setup, guest_end: impl Fn() -> Option<String>) -> io::Resu
         next_process: AtomicU32::new(1),
         stopped: AtomicBool::new(false),
         stop: watch::Sender::new(false),
+        guest_over: watch::Sender::new(false),
         closing: watch::Sender::new(false),
         clients: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
     });
@@ -176,18 +181,28 @@ async fn serve(setup: Setup, guest_end: impl Fn() -> Option<String>) -> io::Resu
     }
     tokio::spawn(hurry(Arc::clone(&context), guest_ended));
     let mut stop = context.stop.subscribe();
-    let outcome = tokio::select! {
-        error = talk(&context, agent, calls) => {
+    let first = tokio::select! {
+        error = talk(&context, agent, calls) => First::GuestFailed(error),
+        outcome = context.main_ended() => First::MainEnded(outcome),
+        _ = stop.wait_for(|stop| *stop) => First::Told,
+    };
+    let outcome = match first {
+        First::GuestFailed(error) => {
             // What it said last arrives before anybody hears of its end.
-            for streams in context.streams() {
-                streams.finish().await;
+            tokio::select! {
+                () = context.finish_streams() => {}
+                _ = stop.wait_for(|stop| *stop) => {}
             }
             context.guest_failed(&error, guest_end())
         }
-        outcome = context.main_ended() => outcome,
-        _ = stop.wait_for(|stop| *stop) => context.stopped(),
+        First::MainEnded(outcome) => outcome,
+        First::Told => context.stopped(),
     };
     context.record(&outcome);
+    tokio::select! {
+        () = context.delivered() => {}
+        _ = stop.wait_for(|stop| *stop) => {}
+    }
     context.closing.send_replace(true);
     let everybody = u32::try_from(CONNECTIONS_MAX).unwrap_or(u32::MAX);
     // Whoever waits for the end gets its answer; whoever does not read it is not waited for.
@@ -195,13 +210,22 @@ async fn serve(setup: Setup, guest_end: impl Fn() -> Option<String>) -> io::Resu
     Ok(outcome)
 }
 
-/// When the guest has ended, clients that do not read are not waited for any more.
+/// What ends a VM.
+enum First {
+    /// The guest has ended, or does not keep to the rules.
+    GuestFailed(SessionError),
+    /// The container that the VM is for has ended.
+    MainEnded(Outcome),
+    /// A client told it to.
+    Told,
+}
+
+/// When the guest has ended, nothing more comes of it, and nobody is in the way of what it has said.
 async fn hurry(context: Shared, guest_ended: GuestEnded) {
     // The other end is only ever dropped.
     let _ = guest_ended.0.await;
-    for streams in context.streams() {
-        tokio::spawn(async move { streams.finish().await });
-    }
+    context.guest_over.send_replace(true);
+    context.finish_streams().await;
 }
 
 /// Talks with the agent until that is over.
@@ -229,18 +253,18 @@ async fn talk(context: &Shared, agent: UnixStream, calls: Calls) -> SessionError
 async fn accept(listener: UnixListener, context: Shared) {
     let router = routes::router(Arc::clone(&context));
     loop {
-        // The semaphore is never closed.
-        let Ok(permit) = Arc::clone(&context.clients).acquire_owned().await else { return };
         let Ok((client, _)) = listener.accept().await else {
             // Out of descriptors: those who are there may leave some.
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         };
+        // The semaphore is never closed.
+        let Ok(permit) = Arc::clone(&context.clients).acquire_owned().await else { return };
         let service = TowerToHyperService::new(router.clone());
         let mut closing = context.closing.subscribe();
         tokio::spawn(async move {
+            // A client that goes away is noticed while it waits: what is to be settled for it is a task of its own.
             let connection = http1::Builder::new()
-                .half_close(true)
                 .max_buf_size(HEAD_MAX)
                 .serve_connection(TokioIo::new(client), service)
                 .with_upgrades();
@@ -273,8 +297,7 @@ impl Context {
             .vm
             .until(|state| {
                 let entry = state.containers.get(main)?;
-                let over = entry.state.status == ContainerStatus::Exited && !entry.draining;
-                over.then(|| entry.state.clone())
+                entry.is_over().then(|| entry.state.clone())
             })
             .await;
         self.vm.change(|state| state.vm_ended("the VM has ended", 137, None));
@@ -313,6 +336,29 @@ impl Context {
         self.vm.state().containers.values().flat_map(vm::Entry::all_streams).collect()
     }
 
+    /// Waits until what is left of the output of all processes, which have ended, was read.
+    async fn finish_streams(&self) {
+        let streams = self.streams();
+        futures_util::future::join_all(streams.iter().map(|streams| streams.finish())).await;
+    }
+
+    /// Waits until whoever was promised all output has it, or has gone away: for the front end of the container that the
+    /// VM is for as long as that takes, since the VM is its program; for others not very long, since the container may be
+    /// wanted again.
+    async fn delivered(&self) {
+        let all = self.streams();
+        let everybody = futures_util::future::join_all(all.iter().map(|streams| streams.delivered()));
+        if tokio::time::timeout(PARTING, everybody).await.is_err() {
+            let main = self
+                .main
+                .as_ref()
+                .and_then(|main| self.vm.state().containers.get(main).map(|entry| Arc::clone(&entry.streams)));
+            if let Some(streams) = main {
+                streams.delivered().await;
+            }
+        }
+    }
+
     /// How far the VM was.
     fn progress(&self) -> &'static str {
         let state = self.vm.state();
@@ -342,36 +388,49 @@ impl Context {
         let boot = self.vm.state().boot;
         let end = End { state, boot, stopped: self.stopped.load(Ordering::Relaxed) };
         if let Err(error) = crate::record::write(folder, &end) {
-            eprintln!("error: cannot record the end of the container in {}: {error}", folder.display());
+            // The same disk may be full for this, too.
+            let text = format!("error: cannot record the end of the container in {}: {error}\n", folder.display());
+            let _ = io::stderr().write_all(text.as_bytes());
         }
+    }
+
+    /// Offers a port, and gives its number and our end. The offer is taken back when what stands for it is dropped.
+    fn offer(&self) -> io::Result<(Offer, StdStream)> {
+        let port = self.next_port.fetch_add(1, Ordering::Relaxed);
+        let (ours, theirs) = StdStream::pair()?;
+        self.machine.offer(port, theirs);
+        Ok((Offer { machine: Arc::clone(&self.machine), port }, ours))
     }
 
     /// Offers ports for the streams of a process, and gives their numbers and our ends.
-    fn offer_streams(&self, stdin: bool, terminal: bool) -> io::Result<(Stdio, Ends)> {
-        let offer = || -> io::Result<(u32, StdStream)> {
-            let port = self.next_port.fetch_add(1, Ordering::Relaxed);
-            let (ours, theirs) = StdStream::pair()?;
-            self.machine.offer(port, theirs);
-            Ok((port, ours))
+    fn offer_streams(&self, stdin: bool, terminal: bool) -> io::Result<(Stdio, Ends, Vec<Offer>)> {
+        let (mut stdio, mut ends, mut offers) = (Stdio::default(), Ends::default(), Vec::new());
+        let mut offer = || -> io::Result<(Option<u32>, Option<StdStream>)> {
+            let (offer, end) = self.offer()?;
+            let port = offer.port;
+            offers.push(offer);
+            Ok((Some(port), Some(end)))
         };
-        let (mut stdio, mut ends) = (Stdio::default(), Ends::default());
         if stdin || terminal {
-            let (port, end) = offer()?;
-            (stdio.stdin, ends.stdin) = (Some(port), Some(end));
+            (stdio.stdin, ends.stdin) = offer()?;
         }
         if !terminal {
-            let (port, end) = offer()?;
-            (stdio.stdout, ends.stdout) = (Some(port), Some(end));
-            let (port, end) = offer()?;
-            (stdio.stderr, ends.stderr) = (Some(port), Some(end));
+            (stdio.stdout, ends.stdout) = offer()?;
+            (stdio.stderr, ends.stderr) = offer()?;
         }
-        Ok((stdio, ends))
+        Ok((stdio, ends, offers))
     }
+}
 
-    /// Takes the offers back that were not taken: the process was not set up.
-    fn withdraw_streams(&self, stdio: Stdio) {
-        for port in [stdio.stdin, stdio.stdout, stdio.stderr].into_iter().flatten() {
-            self.machine.withdraw(port);
-        }
+/// A port that is offered to the guest, for one connection. When it is dropped and was not taken, it is taken back: nothing is
+/// left of what the guest did not dial in time.
+struct Offer {
+    machine: Arc<dyn Machine>,
+    port: u32,
+}
+
+impl Drop for Offer {
+    fn drop(&mut self) {
+        self.machine.withdraw(self.port);
     }
 }

@@ -11,6 +11,7 @@ use protocol::container::{ProcessSpec, WindowSize};
 use protocol::{Call, Target};
 
 use super::containers::signal;
+use super::guest::done;
 use super::problem::{Body, Path, Problem, ProblemKind};
 use super::streams::{Streams, Use};
 use super::{Shared, routes};
@@ -51,23 +52,25 @@ pub(super) async fn create(
 }
 
 async fn execute(context: &Shared, id: &str, create: ProcessCreate, hold: bool) -> Result<Process, Problem> {
-    let number = context.next_process.fetch_add(1, Ordering::Relaxed);
-    let process = create.id.clone().unwrap_or_else(|| format!("exec-{number}"));
     let invalid = |detail: &str| Problem::new(ProblemKind::InvalidRequest, detail);
     if create.args.is_empty() {
         return Err(invalid("args: there is no program to execute"));
     }
-    let (mut spec, stdin) = {
+    let (mut spec, process) = {
         let mut state = context.vm.state();
         let entry = state.container(id)?;
         entry.check_running(id)?;
-        (specify(&entry.spec.process, &create), create.stdin)
+        let number = || context.next_process.fetch_add(1, Ordering::Relaxed);
+        let mut free = std::iter::repeat_with(|| format!("exec-{}", number())).filter(|id| entry.process(id).is_err());
+        // There are more numbers than processes.
+        let process = create.id.clone().or_else(|| free.next()).unwrap_or_default();
+        (specify(&entry.spec.process, &create), process)
     };
     let terminal = spec.terminal.is_some();
     let failed = |error: std::io::Error| {
         Problem::new(ProblemKind::MonitorFailed, format!("cannot make the streams of process {process}: {error}"))
     };
-    let (stdio, ends) = context.offer_streams(stdin, terminal).map_err(failed)?;
+    let (stdio, ends, offers) = context.offer_streams(create.stdin, terminal).map_err(failed)?;
     spec.stdio = stdio;
     let streams = Streams::start(ends, Use { terminal, hold, stdin_once: true, log: None }).map_err(failed)?;
     let shown = Process {
@@ -80,21 +83,21 @@ async fn execute(context: &Shared, id: &str, create: ProcessCreate, hold: bool) 
     };
     let sent = context.vm.change(|state| {
         state.add_process(id, shown, streams)?;
-        let (container, process, spec) = (id.to_owned(), process.clone(), Box::new(spec));
-        context.guest.send(Call::Exec { container, process, spec })
+        let (container, id, spec) = (id.to_owned(), process.clone(), Box::new(spec));
+        let sent = context.guest.send(Call::Exec { container: container.clone(), process: id, spec });
+        sent.inspect_err(|problem| state.process_started(&container, &process, Err(problem)))
+    })?;
+    let (context, id) = (Arc::clone(context), id.to_owned());
+    let executed = sent.settle(move |executed| {
+        drop(offers);
+        let executed = executed.and_then(done);
+        context.vm.change(|state| {
+            state.process_started(&id, &process, executed.as_ref().copied());
+            executed?;
+            Ok(state.container(&id)?.process(&process)?.shown.clone())
+        })
     });
-    let executed = match sent {
-        Ok(sent) => sent.answer().await.map(drop),
-        Err(problem) => Err(problem),
-    };
-    if executed.is_err() {
-        context.withdraw_streams(stdio);
-    }
-    context.vm.change(|state| {
-        state.process_started(id, &process, executed.as_ref().map(drop));
-        executed?;
-        Ok(state.container(id)?.process(&process)?.shown.clone())
-    })
+    executed.await
 }
 
 /// A process as the container's first one, but for what is asked.
@@ -196,6 +199,6 @@ pub(super) async fn resize(
 ) -> Result<StatusCode, Problem> {
     running(&context, &id, &process)?;
     let target = Target { container: id, process: Some(process) };
-    context.guest.call(Call::Resize { target, size: size.into() }).await?;
+    context.guest.act(Call::Resize { target, size: size.into() }).await?;
     Ok(StatusCode::NO_CONTENT)
 }

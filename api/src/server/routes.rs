@@ -11,6 +11,7 @@ use http_body_util::{BodyExt as _, Limited};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
+use tokio::net::UnixStream;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -113,7 +114,8 @@ async fn method_not_allowed(request: Request) -> Problem {
 pub(super) async fn json<T: DeserializeOwned>(body: Body) -> Result<T, Problem> {
     let invalid = |detail: String| Problem::new(ProblemKind::InvalidRequest, crate::session::shown(&detail));
     let bytes = Limited::new(body, BODY_MAX).collect().await.map_err(|error| invalid(error.to_string()))?.to_bytes();
-    serde_json::from_slice(&bytes).map_err(|error| invalid(format!("the body does not fit: {error}")))
+    // As the extractor does it: with the name of the field that does not fit.
+    axum::Json::from_bytes(&bytes).map(|axum::Json(value)| value).map_err(Problem::from)
 }
 
 /// Whether a client wants streams.
@@ -142,9 +144,11 @@ pub(super) fn upgrade(context: &Shared, request: &mut Request, streams: Arc<Stre
     let permit = permit.map_err(|_| Problem::new(ProblemKind::TooManyRequests, "too many clients are connected"))?;
     let kind = if streams.is_terminal() { "raw" } else { "multiplexed" };
     tokio::spawn(async move {
-        // A client that breaks off before is gone.
-        if let Ok(client) = upgrade.await {
-            streams.attach(TokioIo::new(client)).await;
+        let upgraded = upgrade.await.map(|upgraded| upgraded.downcast::<TokioIo<UnixStream>>());
+        match upgraded {
+            Ok(Ok(parts)) => streams.attach(parts.io.into_inner(), parts.read_buf).await,
+            // A client that breaks off before is gone.
+            _ => streams.release(),
         }
         drop(permit);
     });

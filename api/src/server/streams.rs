@@ -1,33 +1,41 @@
 //! The streams of one process: from the guest to the log and to everybody who is attached, and from who is attached to
 //! its standard input.
 //!
-//! Nothing is kept for a slow reader but a few pieces: while one does not take them, the stream is not read, and the
-//! guest's own buffers fill up, as with a pipe. Readers and all other requests do not wait for each other.
+//! While the process lives, nothing is kept for a slow reader but a few pieces: when one does not take them, the stream is
+//! not read, and the guest's own buffers fill up, as with a pipe. When it has ended, what is left in those is read at once,
+//! so that its end waits for no reader; and because a guest may lie about the end, only so much is read, and only so long.
 
 use std::cell::RefCell;
 use std::io;
+use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream as StdStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::task::consume_budget;
 
 use super::log::Log;
 use crate::model::StreamKind;
 
 /// Bytes read at once.
 const PIECE: usize = 64 << 10;
-/// Pieces that wait for a reader.
+/// Pieces that wait for a reader while the process lives.
 const QUEUE: usize = 4;
 /// How long output is held for whoever said that they would attach.
 const HOLD_LIMIT: Duration = Duration::from_secs(30);
-/// How long a reader may take for the last output of a process that has ended, before others stop waiting for it.
-const READER_PATIENCE: Duration = Duration::from_secs(2);
+/// The most that is read of a process that has ended: far more than the buffers on the way hold.
+const TAIL_MAX: usize = 8 << 20;
+/// How long a stream of a process that has ended may stay open without bringing anything.
+const QUIET_MAX: Duration = Duration::from_secs(5);
 /// The length of a frame's header: the stream, three zeroes, the length of what follows in big-endian.
 pub const HEADER_LENGTH: usize = 8;
+/// What a header says of a frame that holds no output but what is wrong with it.
+const TROUBLE: u8 = 3;
 
 thread_local! {
     /// Where pieces are read: one for all streams, since only one is read at a time.
@@ -45,19 +53,31 @@ pub struct Streams {
     held: watch::Sender<bool>,
     /// How many output streams have not ended.
     open: watch::Sender<usize>,
-    stdin: Option<Arc<UnixStream>>,
+    /// Whether the process has ended.
+    ending: watch::Sender<bool>,
+    /// How many readers are to get all output, whatever that takes, and have not got it yet.
+    promised: watch::Sender<usize>,
+    /// Whether more came of a process that has ended than was read.
+    cut: AtomicBool,
+    stdin: Mutex<Option<Arc<UnixStream>>>,
     terminal: bool,
     /// Whether standard input ends with the first attached client's.
     stdin_once: bool,
-    /// Readers are not waited for any more.
-    abandoned: watch::Sender<bool>,
     log: Option<Arc<Log>>,
 }
 
 #[derive(Debug, Default)]
 struct Readers {
-    queues: Vec<mpsc::Sender<Piece>>,
+    all: Vec<Reader>,
     ended: bool,
+}
+
+/// Somebody who is attached.
+#[derive(Debug, Clone)]
+struct Reader {
+    queue: mpsc::UnboundedSender<Piece>,
+    /// Room in the queue, as long as the process lives.
+    room: Arc<Semaphore>,
 }
 
 /// The host's ends of a process's streams.
@@ -106,10 +126,12 @@ impl Streams {
             readers: Mutex::default(),
             held: watch::Sender::new(usage.hold),
             open: watch::Sender::new(outputs.len()),
-            stdin,
+            ending: watch::Sender::new(false),
+            promised: watch::Sender::new(0),
+            cut: AtomicBool::new(false),
+            stdin: Mutex::new(stdin),
             terminal: usage.terminal,
             stdin_once: usage.stdin_once,
-            abandoned: watch::Sender::new(false),
             log: usage.log,
         });
         if usage.hold {
@@ -131,45 +153,57 @@ impl Streams {
         self.terminal
     }
 
-    /// Waits until all output was read and given to the log and to every reader.
-    pub async fn ended(&self) {
+    /// Waits until all output of a process that has ended was read, which takes no longer than its guest makes it take and
+    /// that only so long.
+    pub async fn finish(&self) {
+        self.ending.send_replace(true);
         // The sender is ours: it cannot be gone.
         let _ = self.open.subscribe().wait_for(|open| *open == 0).await;
+        // What is remembered of the process holds no descriptor.
+        self.stdin().take();
     }
 
-    /// Waits as [`Streams::ended`] does, but for a short time only for readers that do not take what they are given: then
-    /// the rest goes to the log alone. For a process that has ended.
-    pub async fn finish(&self) {
+    /// Waits until whoever was promised all output has it, or has gone away.
+    pub async fn delivered(&self) {
+        let _ = self.promised.subscribe().wait_for(|promised| *promised == 0).await;
+    }
+
+    /// Lets output be read: whoever said that they would attach does not.
+    pub fn release(&self) {
         self.held.send_replace(false);
-        if tokio::time::timeout(READER_PATIENCE, self.ended()).await.is_err() {
-            self.abandoned.send_replace(true);
-            self.ended().await;
-        }
-    }
-
-    /// Ends standard input, as nobody will attach.
-    pub fn close_stdin(&self) {
-        if let Some(stdin) = &self.stdin {
-            shut_down(stdin);
-        }
     }
 
     /// Reads one stream to its end.
     async fn carry(self: Arc<Self>, kind: StreamKind, stream: Arc<UnixStream>) {
         let _ = self.held.subscribe().wait_for(|held| !held).await;
-        while stream.readable().await.is_ok() {
-            let read = SCRATCH.with_borrow_mut(|scratch| {
-                let count = stream.try_read(scratch)?;
-                if let Some(log) = &self.log {
-                    log.write(kind, &scratch[..count]);
-                }
-                let wanted = !self.readers().queues.is_empty();
-                Ok::<_, io::Error>((count, wanted.then(|| Bytes::copy_from_slice(&scratch[..count]))))
-            });
-            match read {
+        let mut ending = self.ending.subscribe();
+        let mut tail = 0;
+        loop {
+            // A stream that never runs dry does not keep others from being served.
+            consume_budget().await;
+            let quiet = async {
+                let _ = ending.wait_for(|ending| *ending).await;
+                tokio::time::sleep(QUIET_MAX).await;
+            };
+            tokio::select! {
+                biased;
+                ready = stream.readable() => if ready.is_err() { break },
+                () = quiet => break,
+            }
+            match self.read(kind, &stream) {
                 Ok((0, _)) => break,
-                Ok((_, Some(piece))) => self.give(kind, piece).await,
-                Ok((_, None)) => {}
+                Ok((count, piece)) => {
+                    if *self.ending.borrow() {
+                        tail += count;
+                    }
+                    if let Some(piece) = piece {
+                        self.give(kind, piece).await;
+                    }
+                    if tail > TAIL_MAX {
+                        self.cut.store(true, Ordering::Relaxed);
+                        break;
+                    }
+                }
                 Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
                 Err(_) => break,
             }
@@ -179,75 +213,105 @@ impl Streams {
             if *open == 0 {
                 let mut readers = self.readers();
                 readers.ended = true;
-                readers.queues.clear();
+                readers.all.clear();
             }
         });
     }
 
-    async fn give(&self, kind: StreamKind, piece: Bytes) {
-        let queues = self.readers().queues.clone();
-        let mut gone = false;
-        let mut abandoned = self.abandoned.subscribe();
-        for queue in &queues {
-            tokio::select! {
-                sent = queue.send((kind, piece.clone())) => gone |= sent.is_err(),
-                _ = abandoned.wait_for(|abandoned| *abandoned) => return,
+    /// Reads a piece into the log; gives its length, and the piece if somebody is attached.
+    fn read(&self, kind: StreamKind, stream: &UnixStream) -> io::Result<(usize, Option<Bytes>)> {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let count = stream.try_read(scratch)?;
+            if let Some(log) = &self.log {
+                log.write(kind, &scratch[..count]);
             }
+            let wanted = !self.readers().all.is_empty();
+            Ok((count, wanted.then(|| Bytes::copy_from_slice(&scratch[..count]))))
+        })
+    }
+
+    async fn give(&self, kind: StreamKind, piece: Bytes) {
+        let readers = self.readers().all.clone();
+        let mut ending = self.ending.subscribe();
+        let mut gone = false;
+        for Reader { queue, room } in &readers {
+            tokio::select! {
+                biased;
+                () = queue.closed() => {}
+                room = room.acquire() => if let Ok(room) = room { room.forget() },
+                _ = ending.wait_for(|ending| *ending) => {}
+            }
+            gone |= queue.send((kind, piece.clone())).is_err();
         }
         if gone {
-            self.readers().queues.retain(|queue| !queue.is_closed());
+            self.readers().all.retain(|reader| !reader.queue.is_closed());
         }
     }
 
-    /// Attaches a client: it gets all output from now on until the process ends, and what it sends is the process's
-    /// input. Returns when the output has ended or the client is gone.
-    pub async fn attach(&self, client: impl AsyncRead + AsyncWrite) {
-        let (sender, receiver) = mpsc::channel(QUEUE);
+    /// Attaches a client: it gets all output from now on until the process ends, and what it sends is the process's input,
+    /// beginning with what it has sent already. Returns when the output has ended or the client is gone.
+    pub async fn attach(&self, client: UnixStream, early: Bytes) {
+        let (queue, receiver) = mpsc::unbounded_channel();
+        let room = Arc::new(Semaphore::new(QUEUE));
         {
             let mut readers = self.readers();
             if !readers.ended {
-                readers.queues.push(sender);
+                readers.all.push(Reader { queue, room: Arc::clone(&room) });
             }
         }
-        self.held.send_if_modified(std::mem::take);
-        let (from, to) = tokio::io::split(client);
-        tokio::pin!(from);
-        let output = self.send_output(receiver, to);
+        // Whoever was waited for is to have everything.
+        let _promise = self.held.send_if_modified(std::mem::take).then(|| Promise::new(&self.promised));
+        let Ok(presence) = client.as_fd().try_clone_to_owned().and_then(|fd| UnixStream::from_std(fd.into())) else {
+            return;
+        };
+        let (from, to) = client.into_split();
         let input = async {
-            self.take_input(&mut from).await;
+            self.take_input((&early[..]).chain(from)).await;
             // A client that has nothing more to say still listens.
-            std::future::pending::<()>().await;
+            hang_up(&presence).await;
         };
         tokio::select! {
-            () = output => {}
+            () = self.send_output(receiver, &room, to) => {}
             () = input => {}
         }
     }
 
-    async fn send_output(&self, mut receiver: mpsc::Receiver<Piece>, mut to: impl AsyncWrite + Unpin) {
+    async fn send_output(
+        &self,
+        mut receiver: mpsc::UnboundedReceiver<Piece>,
+        room: &Semaphore,
+        mut to: impl AsyncWrite + Unpin,
+    ) {
         while let Some((kind, piece)) = receiver.recv().await {
             let framed = async {
                 if !self.terminal {
-                    to.write_all(&header(kind, piece.len())).await?;
+                    to.write_all(&header(kind as u8, piece.len())).await?;
                 }
-                to.write_all(&piece).await?;
-                to.flush().await
+                to.write_all(&piece).await
             };
             if framed.await.is_err() {
                 return;
             }
+            room.add_permits(1);
+        }
+        if self.cut.load(Ordering::Relaxed) && !self.terminal {
+            let told =
+                format!("the guest went on to write after the process had ended: {TAIL_MAX} bytes of it were read");
+            // A client that is gone needs no explanation.
+            let _ = to.write_all(&[&header(TROUBLE, told.len())[..], told.as_bytes()].concat()).await;
         }
         let _ = to.shutdown().await;
     }
 
-    async fn take_input(&self, from: &mut (impl AsyncRead + Unpin)) {
+    async fn take_input(&self, mut from: impl AsyncRead + Unpin) {
+        let stdin = self.stdin().clone();
         let mut piece = vec![0; 4096];
         loop {
             match from.read(&mut piece).await {
                 Ok(0) | Err(_) => break,
                 Ok(count) => {
                     // Input for a process that takes none is dropped, and that of one that has ended.
-                    if let Some(stdin) = &self.stdin
+                    if let Some(stdin) = &stdin
                         && write_all(stdin, &piece[..count]).await.is_err()
                     {
                         break;
@@ -255,9 +319,16 @@ impl Streams {
                 }
             }
         }
-        if self.stdin_once && !self.terminal {
-            self.close_stdin();
+        if self.stdin_once
+            && !self.terminal
+            && let Some(stdin) = stdin
+        {
+            shut_down(&stdin);
         }
+    }
+
+    fn stdin(&self) -> MutexGuard<'_, Option<Arc<UnixStream>>> {
+        self.stdin.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn readers(&self) -> MutexGuard<'_, Readers> {
@@ -273,10 +344,38 @@ async fn release_in_time(streams: Arc<Streams>) {
     }
 }
 
+/// A reader's right to all output.
+struct Promise<'a>(&'a watch::Sender<usize>);
+
+impl<'a> Promise<'a> {
+    fn new(promised: &'a watch::Sender<usize>) -> Self {
+        promised.send_modify(|promised| *promised += 1);
+        Self(promised)
+    }
+}
+
+impl Drop for Promise<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|promised| *promised -= 1);
+    }
+}
+
+/// Waits until the other end of a connection is closed in both directions. `presence` is a descriptor of its own, since what
+/// is ready is forgotten here.
+async fn hang_up(presence: &UnixStream) {
+    while let Ok(ready) = presence.ready(Interest::WRITABLE).await {
+        if ready.is_write_closed() {
+            return;
+        }
+        // Readiness comes by edges: the next one may be the end.
+        let _ = presence.try_io(Interest::WRITABLE, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+    }
+}
+
 /// The header of a frame.
-pub fn header(kind: StreamKind, length: usize) -> [u8; HEADER_LENGTH] {
+pub fn header(kind: u8, length: usize) -> [u8; HEADER_LENGTH] {
     let [a, b, c, d] = u32::try_from(length).unwrap_or(u32::MAX).to_be_bytes();
-    [kind as u8, 0, 0, 0, a, b, c, d]
+    [kind, 0, 0, 0, a, b, c, d]
 }
 
 async fn write_all(stream: &UnixStream, mut bytes: &[u8]) -> io::Result<()> {

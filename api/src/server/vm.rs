@@ -31,9 +31,9 @@ const EVENTS_MAX: usize = 1024;
 /// The most containers of a VM.
 const CONTAINERS_MAX: usize = 64;
 /// The most processes of a container that run besides its first one.
-const PROCESSES_MAX: usize = 1024;
+const PROCESSES_MAX: usize = 512;
 /// The processes that have ended and are remembered, for each container.
-const ENDED_PROCESSES_MAX: usize = 64;
+const ENDED_PROCESSES_MAX: usize = 512;
 
 /// A container of the VM.
 #[derive(Debug)]
@@ -148,7 +148,7 @@ impl Vm {
                 state.process_exited(&container, &process, code).map(Some)
             }
             FromAgent::OutOfMemory { container } => {
-                state.running(&container)?;
+                state.living(&container)?;
                 state.tell(EventKind::OutOfMemory { container });
                 Ok(None)
             }
@@ -237,12 +237,10 @@ impl State {
         self.containers.get_mut(id).ok_or_else(|| Problem::no_container(id))
     }
 
-    fn running(&mut self, id: &str) -> Result<&mut Entry, SessionError> {
+    /// The container that something is reported of. Reports may come before whoever asked has noted the answer.
+    fn living(&mut self, id: &str) -> Result<&mut Entry, SessionError> {
         let entry = self.containers.get_mut(id).ok_or(UNFIT)?;
-        match entry.state.status {
-            ContainerStatus::Starting | ContainerStatus::Running | ContainerStatus::Paused => Ok(entry),
-            _ => Err(UNFIT),
-        }
+        if entry.state.status == ContainerStatus::Exited { Err(UNFIT) } else { Ok(entry) }
     }
 
     /// The agent has created the container, or says why it has not.
@@ -286,11 +284,13 @@ impl State {
     }
 
     fn exited(&mut self, id: &str, status: ExitStatus) -> Result<Drained, SessionError> {
-        // Whoever asked for the start may not have noted the answer yet.
-        if self.running(id)?.state.status == ContainerStatus::Starting {
+        // Whoever asked for the start may not have noted the answers yet.
+        self.living(id)?;
+        self.created(id, Ok(()));
+        if status.executed_us != 0 {
             self.started(id, Ok(()));
         }
-        let entry = self.running(id)?;
+        let entry = self.living(id)?;
         entry.state.status = ContainerStatus::Exited;
         entry.state.finished_ns = Some(wall_clock_ns());
         entry.state.exit_code = Some(status.code);
@@ -339,12 +339,13 @@ impl State {
                 if let Some(process) = entry.processes.get_mut(process) {
                     process.draining = false;
                 }
+                entry.forget_old();
             }
         }
     }
 
     fn health(&mut self, container: String, health: AgentHealth) -> Result<(), SessionError> {
-        let entry = self.running(&container)?;
+        let entry = self.living(&container)?;
         let status = match health.status {
             HealthStatus::Starting => HealthState::Starting,
             HealthStatus::Healthy => HealthState::Healthy,
@@ -396,15 +397,15 @@ impl State {
             }
             Err(problem) => {
                 found.shown.end(exit_code(problem.kind), Some(problem.detail.clone()));
-                entry.forget_old(process);
+                entry.remember_end(process);
             }
         }
     }
 
     fn process_exited(&mut self, container: &str, process: &str, code: u8) -> Result<Drained, SessionError> {
-        self.running(container)?;
+        self.living(container)?;
         self.process_started(container, process, Ok(()));
-        let entry = self.running(container)?;
+        let entry = self.living(container)?;
         let found = entry.processes.get_mut(process).ok_or(UNFIT)?;
         if found.shown.state == ProcessState::Exited {
             return Err(UNFIT);
@@ -412,7 +413,7 @@ impl State {
         found.shown.end(code, None);
         found.draining = true;
         let streams = Arc::clone(&found.streams);
-        entry.forget_old(process);
+        entry.remember_end(process);
         let drained = Drained { container: container.to_owned(), process: Some(process.to_owned()), streams };
         let (container, process) = (container.to_owned(), process.to_owned());
         self.tell(EventKind::ProcessExited { container, process, exit_code: code });
@@ -460,6 +461,11 @@ impl Entry {
         }
     }
 
+    /// Whether it has ended and its output has arrived.
+    pub fn is_over(&self) -> bool {
+        self.state.status == ContainerStatus::Exited && !self.draining
+    }
+
     /// The process of this id.
     ///
     /// # Errors
@@ -469,13 +475,20 @@ impl Entry {
         self.processes.get(id).ok_or_else(|| Problem::new(ProblemKind::NoSuchProcess, detail()))
     }
 
-    /// Remembers that a process has ended, and forgets the oldest of too many.
-    fn forget_old(&mut self, process: &str) {
+    /// Remembers that a process has ended.
+    fn remember_end(&mut self, process: &str) {
         self.ended.push_back(process.to_owned());
-        if self.ended.len() > ENDED_PROCESSES_MAX
-            && let Some(oldest) = self.ended.pop_front()
+        self.forget_old();
+    }
+
+    /// Forgets the oldest of too many processes that have ended; one whose end somebody is about to be told stays.
+    fn forget_old(&mut self) {
+        while self.ended.len() > ENDED_PROCESSES_MAX
+            && let Some(oldest) = self.ended.front()
+            && !self.processes.get(oldest).is_some_and(|process| process.draining)
         {
-            self.processes.remove(&oldest);
+            self.processes.remove(oldest);
+            self.ended.pop_front();
         }
     }
 }

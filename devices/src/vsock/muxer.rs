@@ -13,7 +13,7 @@ use super::ports::HostPorts;
 use super::{GUEST_CID, HOST_CID};
 
 /// The most connections at a time: what a guest can make the monitor hold in descriptors and, times the credit, memory.
-const CONNECTIONS_MAX: usize = 512;
+const CONNECTIONS_MAX: usize = 2048;
 /// The most resets owed for packets that belong to no connection. A guest that sends more without taking its answers
 /// loses answers.
 const RESETS_MAX: usize = 256;

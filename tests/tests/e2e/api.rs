@@ -59,7 +59,15 @@ fn problems_have_a_type_and_name_the_field() {
         (&["--json", r#"{"signal": 65}"#], &format!("{containers}/kill"), 400, "invalid-request", "65"),
         (&[], &format!("{containers}/wait?begun=true"), 400, "invalid-request", "begun"),
         (&["--request", "POST"], &format!("{containers}/start"), 409, "wrong-state", "started before"),
-        (&["--request", "DELETE"], &containers, 409, "wrong-state", "kill it first"),
+        (&["--request", "DELETE"], &containers, 409, "wrong-state", "shut the VM down"),
+        (
+            &["--json", r#"{"spec": {"limits": {"memory_byte": 1}}}"#],
+            "/v1/containers",
+            400,
+            "invalid-request",
+            "memory_byte",
+        ),
+        (&["--json", r#"{"args": "true"}"#], &format!("{containers}/processes"), 400, "invalid-request", "args"),
     ] {
         let (code, problem) = json_of(curl(&sandbox, &pod, arguments, path));
         assert_eq!(
@@ -99,6 +107,60 @@ fn one_vm_holds_several_containers() {
     assert_eq!((code, &ended["exit_code"]), (200, &json!(137)), "{ended}");
     assert_eq!(curl(&sandbox, &pod, &["--request", "DELETE"], "/v1/containers/side").0, 204);
     assert_eq!(pod.inspect("state.status"), "running");
+}
+
+#[test]
+fn what_was_only_created_can_go_again() {
+    let sandbox = Sandbox::new();
+    let pod = sandbox.detached("pod", &[], "busybox", &["sleep", "1000"]);
+    let mut spec: Value = serde_json::from_str(&pod.inspect("container.spec")).unwrap();
+    (spec["id"], spec["hostname"]) = (json!("side"), json!("side"));
+    let body = json!({"spec": spec}).to_string();
+    let create = || assert_eq!(curl(&sandbox, &pod, &["--json", &body], "/v1/containers").0, 201);
+    create();
+    assert_eq!(curl(&sandbox, &pod, &["--json", &body], "/v1/containers").0, 409);
+    assert_eq!(curl(&sandbox, &pod, &["--request", "DELETE"], "/v1/containers/side").0, 204);
+    create();
+    assert_eq!(curl(&sandbox, &pod, &["--json", r#"{"signal": 9}"#], "/v1/containers/side/kill").0, 204);
+    let (code, ended) = json_of(curl(&sandbox, &pod, &[], "/v1/containers/side/wait"));
+    assert_eq!((code, &ended["exit_code"], &ended["started_ns"]), (200, &json!(137), &Value::Null), "{ended}");
+    assert_eq!(pod.inspect("state.status"), "running");
+}
+
+#[test]
+fn an_id_that_is_taken_harms_nobody() {
+    let sandbox = Sandbox::new();
+    let pod = sandbox.detached("pod", &[], "busybox", &["sleep", "1000"]);
+    let processes = format!("/v1/containers/{}/processes", pod.inspect("id"));
+    let body = r#"{"id": "same", "args": ["sleep", "1000"]}"#;
+    assert_eq!(curl(&sandbox, &pod, &["--json", body], &processes).0, 201);
+    let (code, problem) = json_of(curl(&sandbox, &pod, &["--json", body], &processes));
+    assert_eq!((code, &problem["type"]), (409, &json!("already-exists")), "{problem}");
+    let same = format!("{processes}/same");
+    assert_eq!(json_of(curl(&sandbox, &pod, &[], &same)).1["state"], "running");
+    assert_eq!(curl(&sandbox, &pod, &["--json", r#"{"signal": 9}"#], &format!("{same}/kill")).0, 204);
+    assert_eq!(json_of(curl(&sandbox, &pod, &[], &format!("{same}/wait"))).1["exit_code"], 137);
+    assert_eq!(pod.inspect("state.status"), "running");
+}
+
+#[test]
+fn clients_that_go_away_leave_nothing() {
+    let sandbox = Sandbox::new();
+    let pod = sandbox.detached("pod", &[], "busybox", &["sleep", "1000"]);
+    let wait = format!("/v1/containers/{}/wait", pod.inspect("id"));
+    let socket = format!("{}/api.sock", pod.inspect("state_directory"));
+    let monitor = sandbox.monitor();
+    let descriptors = || std::fs::read_dir(format!("/proc/{monitor}/fd")).unwrap().count();
+    let before = descriptors();
+    let url = format!("http://cofferdam{wait}");
+    let leave = format!(
+        "for i in $(seq 20); do curl --silent --max-time 0.3 --unix-socket {socket} {url} & done; wait; \
+         timeout -s KILL 1 \"$COFFERDAM\" attach pod; timeout -s KILL 1 \"$COFFERDAM\" logs -f pod; true"
+    );
+    assert_eq!(sandbox.program("sh", ["-c", &leave]).end().code(), 0);
+    // One more question, after which all of them were looked at.
+    assert_eq!(curl(&sandbox, &pod, &[], "/v1/vm").0, 200);
+    assert!(descriptors() <= before + 1, "{before} descriptors became {}", descriptors());
 }
 
 #[test]

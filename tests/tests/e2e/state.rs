@@ -1,17 +1,8 @@
 //! State that survives: whoever is killed when, the next verb tells the truth and nothing is left.
 
-use std::fs;
-
 use rustix::process::Signal;
 use tests::process::{LIMIT, ends, kill, watch};
 use tests::sandbox::Sandbox;
-
-fn monitor(sandbox: &Sandbox) -> u32 {
-    let comm = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    let found: Vec<u32> = sandbox.processes().into_iter().filter(|pid| comm(pid).trim() == "cofferdam-vmm").collect();
-    assert_eq!(found.len(), 1, "{found:?}");
-    found[0]
-}
 
 #[test]
 fn a_killed_monitor_is_told_of_and_can_be_started_again() {
@@ -19,8 +10,8 @@ fn a_killed_monitor_is_told_of_and_can_be_started_again() {
     let victim = sandbox.detached("victim", &[], "busybox", &["sh", "-c", "echo up; sleep 1000"]);
     let following = victim.verb("logs", &["-f"], &[]).start();
     following.wait_for("up\n");
-    let process = watch(monitor(&sandbox));
-    kill(monitor(&sandbox), Signal::KILL);
+    let process = watch(sandbox.monitor());
+    kill(sandbox.monitor(), Signal::KILL);
     assert!(ends(&process, LIMIT));
     let _ = following.end();
     assert_eq!(victim.inspect("state.status,state.exit_code,state.error"), "exited\t137\tits monitor was killed");
@@ -34,8 +25,8 @@ fn a_killed_monitor_is_told_of_and_can_be_started_again() {
 fn a_monitor_that_stands_still_can_be_removed() {
     let sandbox = Sandbox::new();
     let stuck = sandbox.detached("stuck", &[], "busybox", &["sleep", "1000"]);
-    let process = watch(monitor(&sandbox));
-    kill(monitor(&sandbox), Signal::STOP);
+    let process = watch(sandbox.monitor());
+    kill(sandbox.monitor(), Signal::STOP);
     // Removed when it is dropped, and the sandbox checks that nothing is left.
     drop(stuck);
     assert!(ends(&process, LIMIT));

@@ -98,3 +98,16 @@ fn output_written_before_a_signal_is_not_lost() {
     let ended = running.end();
     assert_eq!(ended.succeeded().lines().last(), Some("20000"));
 }
+
+#[test]
+fn a_slow_reader_gets_everything() {
+    let sandbox = Sandbox::new();
+    let image = Sandbox::reference("busybox");
+    let late = "\"$COFFERDAM\" run --rm \"$IMAGE\" seq 1 200000 | (sleep 8; wc -l)";
+    let counted = sandbox.program("sh", ["-c", late]).env("IMAGE", &image).end();
+    assert_eq!(counted.succeeded().trim(), "200000");
+    let host = sandbox.detached("host", &[], "busybox", &["sleep", "1000"]);
+    let late = "\"$COFFERDAM\" exec host seq 1 200000 | (sleep 8; wc -l)";
+    assert_eq!(sandbox.program("sh", ["-c", late]).end().succeeded().trim(), "200000");
+    drop(host);
+}
