@@ -8,7 +8,7 @@ use std::io;
 use rustix::fs::{self, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, MountFlags, mount};
-use rustix::process::{chroot, fchdir};
+use rustix::process::{Resource, Rlimit, chroot, fchdir, setrlimit};
 use rustix::system::{RebootCommand, reboot};
 use thiserror::Error;
 
@@ -27,6 +27,9 @@ const MOUNTS: [(&str, &str, MountFlags); 4] = [
     ("/sys", "sysfs", CLOSED),
     (container::CGROUP_MOUNT_POINT, "cgroup2", CLOSED),
 ];
+
+/// The most files that the agent may have open: the kernel's own limit (`fs.nr_open`).
+const FILES_MAX: u64 = 1 << 20;
 
 /// The step of the preparation that the kernel refused.
 #[derive(Debug, Error)]
@@ -68,6 +71,9 @@ pub fn prepare() -> Result<(), BootError> {
         mount(kind, path, kind, flags, None).step("mount devtmpfs, proc, sysfs and cgroup2")?;
     }
     open_standard_streams().step("open the standard streams")?;
+    // Each process takes a few. Containers have a limit of their own in their definition.
+    let files = Rlimit { current: Some(FILES_MAX), maximum: Some(FILES_MAX) };
+    setrlimit(Resource::Nofile, files).step("allow more open files")?;
     container::make_mount_points().step("make the mount points of containers")?;
     container::enable_controllers().step("enable the controllers of cgroup2")?;
     network::set_defaults().step("set the defaults of the network")?;
