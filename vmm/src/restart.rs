@@ -33,13 +33,15 @@ pub fn supervise(policy: RestartPolicy, folder: &Path, arguments: &[OsString]) -
     loop {
         let began = Instant::now();
         let status = Command::new(&program).args(arguments).arg(SUPERVISED).status()?;
-        // A record that cannot be read is none: the monitor was killed.
+        let code = status.code().and_then(|code| u8::try_from(code).ok());
+        // A record that cannot be read is none: the monitor was killed, or the disk is full.
         let end = record::read(folder).unwrap_or(None);
-        if !again(policy, end.as_ref(), restarts) {
-            return Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(api::control::EXIT_FAILED));
-        }
+        // Before they are counted: the policy means failures in a row.
         if began.elapsed() >= GOOD_RUN {
             (restarts, wait) = (0, FIRST_WAIT);
+        }
+        if !again(policy, end.as_ref(), code, restarts) {
+            return Ok(code.unwrap_or(api::control::EXIT_FAILED));
         }
         thread::sleep(wait);
         (restarts, wait) = (restarts + 1, (wait * 2).min(LONGEST_WAIT));
@@ -48,12 +50,13 @@ pub fn supervise(policy: RestartPolicy, folder: &Path, arguments: &[OsString]) -
     }
 }
 
-/// Whether a container that ended like this is started again.
-fn again(policy: RestartPolicy, end: Option<&End>, restarts: u32) -> bool {
+/// Whether a container that ended like this, and its monitor with this exit code, is started again.
+fn again(policy: RestartPolicy, end: Option<&End>, code: Option<u8>, restarts: u32) -> bool {
     let (failed, may) = match end {
         // Somebody wanted it to end; or it never ran, and would not the next time.
         Some(end) => (end.state.exit_code != Some(0), !end.stopped && end.state.started_ns.is_some()),
-        None => (true, true),
+        // The monitor's exit code is the container's.
+        None => (code != Some(0), true),
     };
     may && match policy {
         RestartPolicy::Always => true,
@@ -76,11 +79,19 @@ mod tests {
     fn policies_say_what_is_started_again() {
         let (always, twice) = (RestartPolicy::Always, RestartPolicy::OnFailure { most: Some(2) });
         let forever = RestartPolicy::OnFailure { most: None };
-        assert!(again(always, Some(&ended(0)), 99) && again(always, None, 0));
-        assert!(
-            !again(twice, Some(&ended(0)), 0) && again(twice, Some(&ended(1)), 1) && !again(twice, Some(&ended(1)), 2)
-        );
-        assert!(again(forever, Some(&ended(1)), 99) && again(forever, None, 0));
+        let again = |policy, end, restarts| again(policy, end, None, restarts);
+        let (well, badly) = (ended(0), ended(1));
+        assert!(again(always, Some(&well), 99) && again(always, None, 0));
+        assert!(!again(twice, Some(&well), 0) && again(twice, Some(&badly), 1) && !again(twice, Some(&badly), 2));
+        assert!(again(forever, Some(&badly), 99) && again(forever, None, 0));
+    }
+
+    #[test]
+    fn without_a_record_the_exit_code_says_whether_it_failed() {
+        let forever = RestartPolicy::OnFailure { most: None };
+        assert!(!again(forever, None, Some(0), 0) && again(forever, None, Some(3), 0));
+        assert!(again(RestartPolicy::Always, None, Some(0), 0));
+        assert!(!again(forever, Some(&ended(0)), Some(3), 0), "the record is not believed over the exit code");
     }
 
     #[test]
@@ -88,6 +99,8 @@ mod tests {
         let stopped = End { stopped: true, ..ended(137) };
         let never =
             End { state: ContainerState { exit_code: Some(127), ..ContainerState::default() }, ..End::default() };
-        assert!(!again(RestartPolicy::Always, Some(&stopped), 0) && !again(RestartPolicy::Always, Some(&never), 0));
+        for end in [stopped, never] {
+            assert!(!again(RestartPolicy::Always, Some(&end), Some(137), 0));
+        }
     }
 }
