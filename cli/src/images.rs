@@ -4,8 +4,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use chrono::DateTime;
 use image::{PullOptions, Reference, Store, Summary};
-use runtime::control::Control;
-use runtime::state::RunRoot;
+use runtime::control::{Control, ControlError};
+use runtime::state::{RunRoot, StateError};
 use serde::Serialize;
 
 use crate::args::{Images, Prune, Pull, Rmi};
@@ -57,22 +57,35 @@ pub fn remove(args: &Rmi) -> anyhow::Result<u8> {
     Ok(code)
 }
 
-/// Removes what nobody needs.
+/// Removes what nobody needs. All of it is tried: what fails is told, and what was removed before is told all the same.
 pub fn prune(_args: &Prune) -> anyhow::Result<u8> {
-    let mut text = String::new();
+    let (mut text, mut code) = (String::new(), 0);
+    let mut failed = |error: anyhow::Error| {
+        report::error(&format!("{error:#}"));
+        code = 1;
+    };
     let root = RunRoot::open()?;
     root.sweep();
     let dead = root.list()?.into_iter().filter(|found| !found.alive);
+    let runtime = runtime::run::runtime()?;
     for control in dead.map(|found| Control::new(&root, found)) {
         let id = control.found.record.id.clone();
-        runtime::run::runtime()?.block_on(control.remove(false))?;
-        text.push_str(&format!("Deleted: {id}\n"));
+        match runtime.block_on(control.remove(false)) {
+            Ok(()) => text.push_str(&format!("Deleted: {id}\n")),
+            // Another command was faster.
+            Err(ControlError::State(StateError::NoSuchContainer { .. })) => {}
+            Err(error) => failed(error.into()),
+        }
     }
-    let pruned = store()?.prune()?;
-    text.extend(pruned.images.iter().map(|id| format!("Deleted: {id}\n")));
-    text.push_str(&format!("Total reclaimed space: {}\n", table::bytes(pruned.freed_bytes)));
+    match store().and_then(|store| Ok(store.prune()?)) {
+        Ok(pruned) => {
+            text.extend(pruned.images.iter().map(|id| format!("Deleted: {id}\n")));
+            text.push_str(&format!("Total reclaimed space: {}\n", table::bytes(pruned.freed_bytes)));
+        }
+        Err(error) => failed(error),
+    }
     report::print(&text)?;
-    Ok(0)
+    Ok(code)
 }
 
 /// An id as people see it: the first digits.
