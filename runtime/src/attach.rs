@@ -8,6 +8,7 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::thread;
+use std::time::Duration;
 
 use api::client::{Client, ClientError, Streams};
 use api::model::{Kill, Size, StreamKind};
@@ -23,6 +24,14 @@ use crate::terminal::{self, RawMode, TerminalError};
 const PIECE: usize = 64 << 10;
 /// The length of a frame's header: the stream, three zeroes, the length of what follows in big-endian.
 const HEADER_LENGTH: usize = 8;
+/// The stream, as docker has it, whose frames say in one line what became of the others.
+const SYSTEM_ERROR: u8 = 3;
+/// How much of such a line is read.
+const SYSTEM_ERROR_MAX: u64 = 4096;
+/// What is told of a frame that breaks off.
+const CUT: &str = "the output was cut";
+/// How long the end of a process may take to be told after its output has broken off.
+const END: Duration = Duration::from_secs(2);
 
 /// Why we cannot be a front end any more.
 #[derive(Debug, Error)]
@@ -60,8 +69,7 @@ pub struct Attach {
 /// A process whose streams are ours.
 #[derive(Debug)]
 pub struct Attached {
-    /// Whether all output could be written.
-    output: oneshot::Receiver<bool>,
+    output: oneshot::Receiver<Output>,
     detached: oneshot::Receiver<()>,
     raw: Option<RawMode>,
     /// The path of the process in the API.
@@ -83,10 +91,10 @@ impl Attached {
         let (detach, detached) = oneshot::channel();
         let terminal = attach.terminal;
         let copy = move || {
-            let written = copy_out((&streams.early[..]).chain(&connection), terminal).is_ok();
+            let output = copy_out((&streams.early[..]).chain(&connection), terminal);
             let _ = connection.shutdown(Shutdown::Both);
             // Nobody waits for it where the front end is about to end.
-            let _ = done.send(written);
+            let _ = done.send(output.unwrap_or(Output::Unwritten));
         };
         thread::Builder::new().name("output".into()).spawn(copy).map_err(system("start a thread"))?;
         if attach.stdin {
@@ -94,14 +102,12 @@ impl Attached {
             let detach = terminal.then_some(detach);
             let copy = move || copy_in(&input, detach);
             thread::Builder::new().name("input".into()).spawn(copy).map_err(system("start a thread"))?;
-        } else {
-            let _ = input.shutdown(Shutdown::Write);
         }
+        // Otherwise our direction stays open: its end would be that of the process's standard input.
         Ok(Self { output, detached, raw, path, terminal })
     }
 
-    /// Passes signals and sizes on until `end` is there and all output was written. `refused` is called with a signal that
-    /// the process could not be sent, and says whether to give up.
+    /// Passes signals and sizes on until `end` is there and all output was written.
     ///
     /// # Errors
     /// As `end` says.
@@ -115,21 +121,30 @@ impl Attached {
         let ended = loop {
             tokio::select! {
                 ended = &mut end => break ended?,
-                Ok(false) = &mut self.output, if !self.output.is_terminated() => return Ok(Followed::Unheard),
+                Ok(output) = &mut self.output, if !self.output.is_terminated() => match output {
+                    Output::Whole => {}
+                    Output::Unwritten => return Ok(Followed::Unheard),
+                    Output::Lost(message) => {
+                        // It may be because the process has ended, or the VM.
+                        let ended = tokio::time::timeout(END, &mut end).await.ok().transpose()?.is_some();
+                        return Ok(Followed::Lost { message, ended });
+                    }
+                },
                 Ok(()) = &mut self.detached, if !self.detached.is_terminated() => return Ok(Followed::Detached),
                 signal = signals.next() => {
                     let signal = signal.map_err(|source| AttachError::System { step: "receive signals", source })?;
                     if !self.pass(client, signal).await && crate::signals::cancels(signal) {
-                        return Ok(Followed::Cancelled(signal as i32));
+                        return Ok(Followed::Cancelled(signal));
                     }
                 }
             }
         };
-        if !self.output.is_terminated() {
-            let _ = (&mut self.output).await;
-        }
+        let output = if self.output.is_terminated() { None } else { (&mut self.output).await.ok() };
         drop(self.raw.take());
-        Ok(Followed::Ended(ended))
+        match output {
+            Some(Output::Lost(message)) => Ok(Followed::Lost { message, ended: true }),
+            _ => Ok(Followed::Ended(ended)),
+        }
     }
 
     /// Gives the process's terminal the size of ours.
@@ -162,32 +177,72 @@ pub enum Followed<T> {
     Detached,
     /// Nobody reads our output any more.
     Unheard,
+    /// Some of the output did not get here.
+    Lost {
+        /// What is known of it, in one line.
+        message: String,
+        /// Whether the process has ended.
+        ended: bool,
+    },
     /// A signal came that the process could not be sent, and that ends what we do.
-    Cancelled(i32),
+    Cancelled(Signal),
+}
+
+/// How the output of a process ended.
+#[derive(Debug, PartialEq, Eq)]
+enum Output {
+    /// There is no more.
+    Whole,
+    /// Our standard streams took no more.
+    Unwritten,
+    /// There was more, and this is known of it.
+    Lost(String),
 }
 
 /// Copies a multiplexed stream, or a terminal's, to our standard streams, to its end. Fails when those take no more.
-fn copy_out(mut from: impl Read, terminal: bool) -> io::Result<()> {
+fn copy_out(mut from: impl Read, terminal: bool) -> io::Result<Output> {
     let mut piece = vec![0; PIECE];
+    let cut = || Ok(Output::Lost(CUT.to_owned()));
     loop {
         let (kind, mut left) = if terminal {
             (StreamKind::Stdout, usize::MAX)
         } else {
-            let mut header = [0; HEADER_LENGTH];
-            if from.read_exact(&mut header).is_err() {
-                return Ok(());
+            let mut header = Vec::with_capacity(HEADER_LENGTH);
+            // A connection that breaks off ends like one that is closed.
+            let _ = from.by_ref().take(HEADER_LENGTH as u64).read_to_end(&mut header);
+            let [kind, _, _, _, a, b, c, d] = header[..] else {
+                return if header.is_empty() { Ok(Output::Whole) } else { cut() };
+            };
+            let length = u32::from_be_bytes([a, b, c, d]);
+            if kind == SYSTEM_ERROR {
+                let mut line = Vec::new();
+                let _ = from.take(SYSTEM_ERROR_MAX.min(length.into())).read_to_end(&mut line);
+                return Ok(Output::Lost(shown(&line)));
             }
-            let [kind, _, _, _, length @ ..] = header;
             // What is no frame has no end that could be waited for.
-            let Some(kind) = StreamKind::from_byte(kind) else { return Ok(()) };
-            (kind, u32::from_be_bytes(length) as usize)
+            let Some(kind) = StreamKind::from_byte(kind) else { return cut() };
+            (kind, length as usize)
         };
         while left > 0 {
             let room = piece.len().min(left);
-            let Ok(count @ 1..) = from.read(&mut piece[..room]) else { return Ok(()) };
-            left -= count;
-            write_all(kind, &piece[..count])?;
+            match from.read(&mut piece[..room]) {
+                Ok(count @ 1..) => {
+                    left -= count;
+                    write_all(kind, &piece[..count])?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                _ if terminal => return Ok(Output::Whole),
+                _ => return cut(),
+            }
         }
+    }
+}
+
+/// What became of the output, fit for a terminal.
+fn shown(line: &[u8]) -> String {
+    match api::session::shown(String::from_utf8_lossy(line).trim()) {
+        line if line.is_empty() => CUT.to_owned(),
+        line => line,
     }
 }
 
@@ -284,14 +339,17 @@ pub async fn copy_body(mut body: hyper::body::Incoming) -> io::Result<()> {
         let mut start = 0;
         while let Some(header) = pending.get(start..start + HEADER_LENGTH) {
             let length = u32::from_be_bytes([header[4], header[5], header[6], header[7]]) as usize;
-            let kind = StreamKind::from_byte(header[0]).ok_or(io::ErrorKind::InvalidData)?;
+            let byte = header[0];
             let Some(text) = pending.get(start + HEADER_LENGTH..start + HEADER_LENGTH + length) else { break };
-            write_all(kind, text)?;
+            if byte == SYSTEM_ERROR {
+                return Err(io::Error::other(shown(text)));
+            }
+            write_all(StreamKind::from_byte(byte).ok_or(io::ErrorKind::InvalidData)?, text)?;
             start += HEADER_LENGTH + length;
         }
         pending.drain(..start);
     }
-    Ok(())
+    if pending.is_empty() { Ok(()) } else { Err(io::Error::new(io::ErrorKind::UnexpectedEof, CUT)) }
 }
 
 #[cfg(test)]
@@ -306,5 +364,18 @@ mod tests {
         assert_eq!(detach_keys(&mut held, b"\x10\x11y"), (b"\x10".to_vec(), true));
         let mut held = false;
         assert_eq!(detach_keys(&mut held, b"\x11"), (b"\x11".to_vec(), false));
+    }
+
+    #[test]
+    fn output_that_breaks_off_is_told_of() {
+        let end = |bytes: &[u8]| copy_out(bytes, false).unwrap();
+        assert_eq!(end(b""), Output::Whole);
+        assert_eq!(end(b"\x01\0\0\0\0\0\0\0"), Output::Whole);
+        let cut = Output::Lost(CUT.to_owned());
+        for bytes in [&b"\x01\0\0"[..], b"\x01\0\0\0\0\0\0\x05", b"\x07\0\0\0\0\0\0\x01x"] {
+            assert_eq!(end(bytes), cut, "{bytes:?}");
+        }
+        assert_eq!(end(b"\x03\0\0\0\0\0\0\x08too\x1bslow\n"), Output::Lost("too\u{fffd}slow".to_owned()));
+        assert_eq!(end(b"\x03\0\0\0\0\0\0\0"), cut);
     }
 }

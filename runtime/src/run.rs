@@ -22,7 +22,7 @@ use crate::merge::MergeError;
 use crate::paths::{self, PathError};
 use crate::record::{self, Record};
 use crate::request::{EnvEntry, RequestError, RunRequest, SignalName};
-use crate::signals::Signals;
+use crate::signals::{self, Signals};
 use crate::size::{Host, SizeError, Sizes};
 use crate::spec::{self, ContainerId, SpecError};
 use crate::state::{RunRoot, StateDirectory, StateError};
@@ -310,6 +310,14 @@ impl Container {
                 self.state.keep();
                 return Ok(Finished::default());
             }
+            Ok(Followed::Lost { message, ended }) => {
+                let finished = Finished { exit_code: EXIT_FAILED, failure: Some(message), ..Finished::default() };
+                if !ended {
+                    self.state.keep();
+                    return Ok(finished);
+                }
+                finished
+            }
             Ok(Followed::Unheard) => {
                 // As a program of one's own would end that nobody listens to.
                 monitor.kill();
@@ -317,7 +325,7 @@ impl Container {
             }
             Ok(Followed::Cancelled(signal)) => {
                 monitor.kill();
-                Finished { exit_code: u8::try_from(128 + signal).unwrap_or(EXIT_FAILED), ..Finished::default() }
+                Finished { exit_code: signals::exit_code(signal), ..Finished::default() }
             }
             Err(RunError::Client(error) | RunError::Attach(AttachError::Client(error))) => {
                 let message = explain(&mut monitor, &self.state, &error);

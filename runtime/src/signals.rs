@@ -37,7 +37,13 @@ pub fn cancels(signal: Signal) -> bool {
     CANCELLING.contains(&signal)
 }
 
-/// The signals sent to this process from now on, to be read instead of delivered.
+/// The exit code of a command that a signal has ended.
+pub fn exit_code(signal: Signal) -> u8 {
+    u8::try_from(128 + signal as i32).unwrap_or(u8::MAX)
+}
+
+/// The signals sent to this process from now on, to be read instead of delivered. Dropping it restores the mask of before,
+/// so that whoever blocks signals next finds it.
 #[derive(Debug)]
 pub struct Signals {
     descriptor: SignalFd,
@@ -69,6 +75,15 @@ impl Signals {
     }
 }
 
+impl Drop for Signals {
+    fn drop(&mut self) {
+        // What came for a container that has ended is nobody's any more, and is not to end us now.
+        while let Ok(Some(_)) = self.descriptor.read_signal() {}
+        // A mask that was in force can be set.
+        _ = self.children.thread_set_mask();
+    }
+}
+
 /// Waits for signals.
 pub struct Waiter<'a> {
     ready: AsyncFd<BorrowedFd<'a>>,
@@ -93,5 +108,54 @@ impl Waiter<'_> {
                 None => ready.clear_ready(),
             }
         }
+    }
+
+    /// Does something, unless a signal comes first that ends what we do.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub async fn unless_cancelled<T>(&self, work: impl Future<Output = T>) -> io::Result<Result<T, Signal>> {
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                done = &mut work => return Ok(Ok(done)),
+                signal = self.next() => match signal? {
+                    signal if cancels(signal) => return Ok(Err(signal)),
+                    _ => {}
+                },
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mask_of_before_is_restored_and_nothing_is_delivered_late() {
+        let before = SigSet::thread_get_mask().unwrap();
+        for _ in 0..2 {
+            let signals = Signals::block().unwrap();
+            assert_eq!(signals.children, before);
+            nix::sys::signal::raise(Signal::SIGUSR1).unwrap();
+            drop(signals);
+            assert_eq!(SigSet::thread_get_mask().unwrap(), before);
+        }
+    }
+
+    #[test]
+    fn a_signal_that_ends_what_we_do_cancels_it_and_others_do_not() {
+        let signals = Signals::block().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
+        runtime.block_on(async {
+            let waiter = signals.wait().unwrap();
+            assert_eq!(waiter.unless_cancelled(async { 7 }).await.unwrap(), Ok(7));
+            nix::sys::signal::raise(Signal::SIGWINCH).unwrap();
+            nix::sys::signal::raise(Signal::SIGTERM).unwrap();
+            let cancelled = waiter.unless_cancelled(std::future::pending::<()>()).await.unwrap();
+            assert_eq!(cancelled, Err(Signal::SIGTERM));
+        });
+        assert_eq!((exit_code(Signal::SIGINT), exit_code(Signal::SIGTERM)), (130, 143));
     }
 }

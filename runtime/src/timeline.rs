@@ -7,8 +7,9 @@ use std::path::Path;
 
 use api::model::VmBoot;
 use api::record::End;
-use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
+
+pub use api::session::now;
 
 /// Names the file.
 pub const TIMELINE_VARIABLE: &str = "COFFERDAM_TIMELINE";
@@ -58,10 +59,4 @@ impl RunTimeline {
 pub fn wall_clock_ns() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
-}
-
-/// CLOCK_MONOTONIC in nanoseconds.
-pub fn now() -> u64 {
-    let time = clock_gettime(ClockId::Monotonic);
-    u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0)
 }

@@ -1,8 +1,9 @@
 //! `exec` and `attach`: being the front end of a process of a running container.
 
 use std::env;
+use std::io;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use api::client::ClientError;
 use api::control::{EXIT_FAILED, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND};
 use api::model::{Container, ContainerState, Process, ProcessCreate, Size, WaitResult};
@@ -13,7 +14,7 @@ use runtime::control::{Control, ControlError};
 use runtime::env_file;
 use runtime::request::EnvEntry;
 use runtime::run::UNHEARD;
-use runtime::signals::Signals;
+use runtime::signals::{self, Signals};
 use runtime::state::RunRoot;
 use runtime::terminal;
 
@@ -48,12 +49,19 @@ pub fn exec(args: Exec) -> anyhow::Result<u8> {
     let path = format!("{}/processes", control.living()?);
     let signals = Signals::block().context("cannot block signals")?;
     let done = runtime::run::runtime()?.block_on(async {
+        let waiter = signals.wait().map_err(receiving)?;
         if args.detach {
-            control.client.ask::<Process>(Method::POST, &path, Some(&create)).await?;
-            return Ok(Followed::Ended(WaitResult { exit_code: 0, error: None }));
+            let asked = control.client.ask::<Process>(Method::POST, &path, Some(&create));
+            return Ok(match waiter.unless_cancelled(asked).await.map_err(receiving)? {
+                Ok(process) => process.map(|_| Followed::Ended(WaitResult { exit_code: 0, error: None }))?,
+                Err(signal) => Followed::Cancelled(signal),
+            });
         }
-        let waiter = signals.wait().map_err(|source| AttachError::System { step: "receive signals", source })?;
-        let streams = control.client.upgrade(&path, Some(&create)).await?;
+        let asked = control.client.upgrade(&path, Some(&create));
+        let streams = match waiter.unless_cancelled(asked).await.map_err(receiving)? {
+            Ok(streams) => streams?,
+            Err(signal) => return Ok(Followed::Cancelled(signal)),
+        };
         let process = streams.location.clone();
         let process = process.ok_or_else(|| ClientError::Answer("it does not name the process".to_owned()))?;
         let usage = Streams { stdin: create.stdin, terminal: args.tty };
@@ -68,17 +76,34 @@ pub fn exec(args: Exec) -> anyhow::Result<u8> {
         Ok(followed)
     });
     match done {
-        Ok(Followed::Ended(result)) => {
-            if let Some(error) = result.error {
-                report::error(&error);
-            }
-            Ok(result.exit_code)
-        }
-        Ok(Followed::Detached) => Ok(0),
-        Ok(Followed::Unheard) => Ok(UNHEARD),
-        Ok(Followed::Cancelled(signal)) => Ok(u8::try_from(128 + signal).unwrap_or(EXIT_FAILED)),
+        Ok(followed) => Ok(exit_code(followed, |result: WaitResult| (Some(result.exit_code), result.error))),
         Err(AttachError::Client(error)) => refused(error),
         Err(error) => Err(error.into()),
+    }
+}
+
+fn receiving(source: io::Error) -> AttachError {
+    AttachError::System { step: "receive signals", source }
+}
+
+/// Tells what there is to tell of a process that was followed, and gives the exit code. `end` is the process's own, and why
+/// it has none.
+fn exit_code<T>(followed: Followed<T>, end: impl FnOnce(T) -> (Option<u8>, Option<String>)) -> u8 {
+    match followed {
+        Followed::Ended(result) => {
+            let (code, error) = end(result);
+            if let Some(error) = error {
+                report::error(&error);
+            }
+            code.unwrap_or(EXIT_FAILED)
+        }
+        Followed::Detached => 0,
+        Followed::Unheard => UNHEARD,
+        Followed::Lost { message, .. } => {
+            report::error(&message);
+            EXIT_FAILED
+        }
+        Followed::Cancelled(signal) => signals::exit_code(signal),
     }
 }
 
@@ -107,26 +132,25 @@ pub fn attach(args: &Attach) -> anyhow::Result<u8> {
     let path = control.living()?;
     let signals = Signals::block().context("cannot block signals")?;
     let done = runtime::run::runtime()?.block_on(async {
-        let container = control.client.get::<Container>(&path).await?;
-        let usage =
-            Streams { stdin: !args.no_stdin && control.found.record.container.stdin, terminal: container.terminal };
-        let waiter = signals.wait().map_err(|source| AttachError::System { step: "receive signals", source })?;
-        let streams = control.client.upgrade(&format!("{path}/attach"), runtime::run::NOTHING).await?;
+        let waiter = signals.wait().map_err(receiving)?;
+        let asked = async {
+            let container = control.client.get::<Container>(&path).await?;
+            let streams = control.client.upgrade(&format!("{path}/attach"), runtime::run::NOTHING).await?;
+            Ok::<_, ClientError>((container.terminal, streams))
+        };
+        let (terminal, streams) = match waiter.unless_cancelled(asked).await.map_err(receiving)? {
+            Ok(answered) => answered?,
+            Err(signal) => return Ok(Followed::Cancelled(signal)),
+        };
+        let usage = Streams { stdin: !args.no_stdin && control.found.record.container.stdin, terminal };
         let attached = Attached::begin(streams, path.clone(), usage)?;
         attached.resize(&control.client).await;
         let end = async { Ok::<_, AttachError>(control.client.get::<ContainerState>(&format!("{path}/wait")).await?) };
         attached.follow(&control.client, &waiter, end).await
     });
-    match done.map_err(|error| match error {
+    let followed = done.map_err(|error| match error {
         AttachError::Client(error) => anyhow::Error::from(ControlError::from(error)),
         error => error.into(),
-    })? {
-        Followed::Ended(state) => match (state.exit_code, state.error) {
-            (Some(code), None) => Ok(code),
-            (_, error) => bail!(error.unwrap_or_else(|| "the container has ended".to_owned())),
-        },
-        Followed::Detached => Ok(0),
-        Followed::Unheard => Ok(UNHEARD),
-        Followed::Cancelled(signal) => Ok(u8::try_from(128 + signal).unwrap_or(EXIT_FAILED)),
-    }
+    })?;
+    Ok(exit_code(followed, |state: ContainerState| (state.exit_code, state.error)))
 }
