@@ -6,6 +6,7 @@
 //! - [`server`]: the API itself: one per VM, in its monitor.
 //! - [`client`]: the same API from a front end's side.
 //! - [`log`], [`record`]: what a container leaves on disk: what it wrote, and how it ended.
+//! - [`lock`]: whether it lives, and in which processes.
 //! - [`control`], [`session`]: exit codes, times, and errors that both sides know.
 //!
 //! This crate knows containers and their agent; it knows neither KVM nor devices. The monitor (`vmm`) depends on it,
@@ -16,6 +17,7 @@
 pub mod client;
 pub mod config;
 pub mod control;
+pub mod lock;
 pub mod log;
 pub mod model;
 pub mod record;

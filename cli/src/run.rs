@@ -4,13 +4,16 @@ use std::env;
 use std::path::Path;
 
 use anyhow::bail;
+use api::model::ContainerStatus;
 use image::{Image, PullOptions, Reference, Store};
-use runtime::control::Control;
+use runtime::control::{Control, ControlError};
 use runtime::env_file;
-use runtime::request::RunRequest;
+use runtime::request::{RunRequest, Way};
 use runtime::run::{Container, Finished, Plan, RunError};
+use runtime::signals;
 use runtime::size::MIB;
 use runtime::state::{RunRoot, StateError};
+use runtime::terminal;
 use runtime::timeline::{self, RunTimeline, TIMELINE_VARIABLE};
 
 use crate::args::{ContainerFlags, Create, Run, Start, When};
@@ -20,16 +23,16 @@ use crate::report;
 /// Runs a container, to its end unless it is to be left running, and gives its exit code.
 pub fn run(args: Run, started: u64) -> anyhow::Result<u8> {
     let Run { detach, container } = args;
-    let (image, container) = make(container, detach)?;
+    let (image, container) = make(container, if detach { Way::Detached } else { Way::Foreground })?;
     if detach {
         return detached(container, &image);
     }
-    attached(container, &image, started)
+    attached(container, &image, true, started)
 }
 
 /// Makes a container, and shows its id.
 pub fn create(args: Create) -> anyhow::Result<u8> {
-    let (_, container) = make(args.container, true)?;
+    let (_, container) = make(args.container, Way::Created)?;
     report::print(&format!("{}\n", container.keep()))?;
     Ok(0)
 }
@@ -44,8 +47,13 @@ pub fn start(args: &Start, started: u64) -> anyhow::Result<u8> {
     for name in &args.names.containers {
         match start_one(name, attach.then_some(args.interactive), started) {
             Ok(ended) => code = ended,
-            Err(error) if attach => return Err(error),
             Err(error) => {
+                if let Some(RunError::Cancelled(signal)) = error.downcast_ref() {
+                    return Ok(signals::exit_code(*signal));
+                }
+                if attach {
+                    return Err(error);
+                }
                 report::error(&format!("{error:#}"));
                 code = 1;
             }
@@ -60,38 +68,51 @@ fn start_one(name: &str, attach: Option<bool>, started: u64) -> anyhow::Result<u
     let control = Control::find(&root, name)?;
     // One that has just ended may have a monitor that says goodbye.
     runtime::run::runtime()?.block_on(control.settle())?;
-    let state = match root.take(&control.found) {
-        // It runs: as docker has it, that is what was asked for.
-        Err(StateError::Alive { .. }) if attach.is_none() => {
-            report::print(&format!("{name}\n"))?;
-            return Ok(0);
-        }
+    let (state, record) = match root.take(&control.found) {
+        Err(StateError::Alive { id }) => return runs_already(name, &Control::find(&root, &id)?, attach.is_some()),
         taken => taken?,
     };
-    let mut record = control.found.record.clone();
-    if let Some(interactive) = attach {
-        record.container.stdin &= interactive;
-    }
+    let record = record.usable()?;
     let store = Store::open(&Store::default_root())?;
     let id = record.image_id.strip_prefix("sha256:").unwrap_or(&record.image_id);
     let Some(image) = store.find(&id.parse()?)? else {
         return Err(RunError::ImageGone { image: record.image, id: record.id }.into());
     };
+    if attach == Some(true) && record.container.stdin && record.container.spec.process.terminal.is_some() {
+        terminal::check()?;
+    }
     let container = Container::again(record, state)?;
-    if attach.is_some() {
-        return attached(container, &image, started);
+    if let Some(interactive) = attach {
+        return attached(container, &image, interactive, started);
     }
     container.start_detached(&image)?;
     report::print(&format!("{name}\n"))?;
     Ok(0)
 }
 
+/// A container that cannot be started because it lives: as docker has it, that is what was asked for where it runs.
+fn runs_already(name: &str, control: &Control<'_>, attach: bool) -> anyhow::Result<u8> {
+    let status = runtime::run::runtime()?.block_on(control.status());
+    let running = [ContainerStatus::Starting, ContainerStatus::Running, ContainerStatus::Paused];
+    if status.restarting {
+        bail!("container {name} is about to be started again by its restart policy: stop it first");
+    }
+    if !running.contains(&status.state.status) {
+        return Err(ControlError::Busy { name: name.to_owned() }.into());
+    }
+    if attach {
+        return Err(StateError::Alive { id: name.to_owned() }.into());
+    }
+    report::print(&format!("{name}\n"))?;
+    Ok(0)
+}
+
 /// Makes a container, and gives it with its image.
-fn make(flags: ContainerFlags, detached: bool) -> anyhow::Result<(Image, Container)> {
+fn make(flags: ContainerFlags, way: Way) -> anyhow::Result<(Image, Container)> {
     flags.later.refuse(flags.network.as_deref())?;
     let (pull, quiet) = (flags.pull, flags.quiet);
     let (name, mut request) = request(flags)?;
-    request.detached = detached;
+    request.way = way;
     let plan = Plan::new(request)?;
     let image = find(&name, pull, quiet)?;
     let container = plan.create(&image, &name)?;
@@ -108,13 +129,14 @@ fn detached(container: Container, image: &Image) -> anyhow::Result<u8> {
             report::error(&message);
             Ok(exit_code)
         }
+        Err(RunError::Cancelled(signal)) => Ok(signals::exit_code(signal)),
         Err(error) => Err(error.into()),
     }
 }
 
-fn attached(container: Container, image: &Image, started: u64) -> anyhow::Result<u8> {
+fn attached(container: Container, image: &Image, stdin: bool, started: u64) -> anyhow::Result<u8> {
     let mut times = RunTimeline { cli_started: started, image_found: timeline::now(), ..RunTimeline::default() };
-    let finished = container.run(image, &mut times)?;
+    let finished = container.run(image, stdin, &mut times)?;
     // The exit code stays the container's: what it did counts, whatever becomes of our notes.
     if let Some(path) = env::var_os(TIMELINE_VARIABLE)
         && let Err(error) = times.append(Path::new(&path))
@@ -174,7 +196,7 @@ fn request(args: ContainerFlags) -> anyhow::Result<(String, RunRequest)> {
         capabilities_dropped: args.cap_drop,
         security: args.security_opt,
         kernel: args.kernel,
-        detached: false,
+        way: Way::default(),
         remove: args.rm,
         restart: args.restart,
         stop_signal: args.stop_signal,

@@ -1,25 +1,23 @@
 //! What can be done with a container that was made: how it is, to stop it, to kill it, to remove it, whatever state it and its
 //! monitor are in.
 //!
-//! The monitor is asked first, through its API. One that does not answer is found by the lock file that it holds open, and
-//! killed: the kernel says who lives, not a file with a number in it.
+//! The monitor is asked first, through its API. One that does not answer is found by the lock that it holds, and killed
+//! ([`crate::holders`]).
 
-use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::client::{Client, ClientError};
 use api::model::{Container, ContainerState, ContainerStatus, Health, Kill};
+use api::record::End;
 use api::server::problem::ProblemKind;
 use hyper::Method;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use thiserror::Error;
 use tokio::time::timeout;
 
+use crate::holders::{self, Outcome};
 use crate::launch::last_error;
+use crate::lock::{is_free, wait_free};
 use crate::record::Record;
 use crate::run::{CONFIG, NOTHING};
 use crate::state::{Found, RunRoot, StateError};
@@ -28,10 +26,8 @@ use crate::state::{Found, RunRoot, StateError};
 const ANSWER: Duration = Duration::from_secs(5);
 /// How long a monitor whose container has ended may take to end itself.
 const GOODBYE: Duration = Duration::from_secs(5);
-/// How long a process that was killed for good may take to be gone.
-const DEATH: Duration = Duration::from_secs(10);
-/// The name that monitors run under (`comm` of proc(5)).
-const COMM: &str = "cofferdam-vmm";
+/// How long another command may take with a container that is to be removed by force.
+const OTHERS: Duration = Duration::from_secs(20);
 /// The exit code of what was killed.
 const KILLED: u8 = 137;
 const SIGKILL: u8 = 9;
@@ -53,9 +49,9 @@ pub enum ControlError {
         /// What people call it.
         name: String,
     },
-    /// It is about to live.
-    #[error("container {name} is being started by another process: try again")]
-    BeingStarted {
+    /// Something else is done with it.
+    #[error("another command is at work on container {name}: try again")]
+    Busy {
         /// What people call it.
         name: String,
     },
@@ -139,35 +135,88 @@ impl<'a> Control<'a> {
 
     /// How it is: the monitor's word, or without one what it left.
     pub async fn status(&self) -> Status {
-        if self.found.alive
-            && let Ok(Ok(live)) = timeout(ANSWER, self.client.get::<Container>(&self.path())).await
-        {
-            let (state, health) = (live.state.clone(), live.health.clone());
-            return Status { record: self.found.record.clone(), state, health, live: Some(live), restarting: false };
+        let mut status = self.look().await;
+        if let Some(damage) = &status.record.damage {
+            status.state.error.get_or_insert_with(|| format!("its record is damaged: {damage}"));
         }
-        let state = self.left();
-        let restarting =
-            self.found.alive && self.found.record.restart.is_some() && state.status == ContainerStatus::Exited;
-        Status { record: self.found.record.clone(), state, health: None, live: None, restarting }
+        status
     }
 
-    /// What a container without a monitor that answers is.
+    async fn look(&self) -> Status {
+        let told = |state, restarting| {
+            let record = self.found.record.clone();
+            Status { record, state, health: None, live: None, restarting }
+        };
+        if !self.found.alive {
+            return told(self.left(), false);
+        }
+        // Nobody need be asked of what has ended; what is above it would not answer.
+        if let Some(end) = self.ended() {
+            let restarting = self.restarts(&end);
+            return told(end.state, restarting);
+        }
+        let being = |status| ContainerState { status, ..ContainerState::default() };
+        if !self.was_started() {
+            return told(being(ContainerStatus::Creating), false);
+        }
+        match timeout(ANSWER, self.client.get::<Container>(&self.path())).await {
+            Ok(Ok(live)) => {
+                let (state, health) = (live.state.clone(), live.health.clone());
+                Status { record: self.found.record.clone(), state, health, live: Some(live), restarting: false }
+            }
+            answer => {
+                if let Some(end) = self.ended() {
+                    let restarting = self.restarts(&end);
+                    return told(end.state, restarting);
+                }
+                // It was killed between two looks.
+                if is_free(&self.found.folder) {
+                    return told(self.gone().left(), false);
+                }
+                if matches!(answer, Ok(Err(ClientError::Connect { .. }))) {
+                    return told(being(ContainerStatus::Creating), false);
+                }
+                let error = Some("its monitor does not answer".to_owned());
+                told(ContainerState { error, ..being(ContainerStatus::Running) }, false)
+            }
+        }
+    }
+
+    /// How it ended, if its monitor has said so.
+    fn ended(&self) -> Option<End> {
+        api::record::read(&self.found.folder).ok().flatten()
+    }
+
+    /// Whether one that ended like this and has a lock is about to be started again.
+    fn restarts(&self, end: &End) -> bool {
+        self.found.record.restart.is_some() && !end.stopped
+    }
+
+    /// Whether it waits for its restart policy to start it again: nobody answers for it meanwhile.
+    pub fn is_restarting(&self) -> bool {
+        self.found.alive && self.ended().is_some_and(|end| self.restarts(&end))
+    }
+
+    fn was_started(&self) -> bool {
+        self.found.folder.join(CONFIG).exists()
+    }
+
+    /// The same one, which does not live any more.
+    fn gone(&self) -> Self {
+        Self::new(self.root, Found { alive: false, ..self.found.clone() })
+    }
+
+    /// What a container that nobody lives in is.
     fn left(&self) -> ContainerState {
-        let folder = &self.found.folder;
-        if let Ok(Some(end)) = api::record::read(folder) {
+        if let Some(end) = self.ended() {
             return end.state;
         }
-        let was_started = folder.join(CONFIG).exists();
-        let status = match (self.found.alive, was_started) {
-            (true, _) => ContainerStatus::Creating,
-            (false, false) => ContainerStatus::Created,
-            (false, true) => ContainerStatus::Exited,
-        };
-        if status != ContainerStatus::Exited {
-            return ContainerState { status, ..ContainerState::default() };
+        if !self.was_started() {
+            return ContainerState { status: ContainerStatus::Created, ..ContainerState::default() };
         }
-        let error = last_error(folder).unwrap_or_else(|| "its monitor was killed".to_owned());
-        ContainerState { status, exit_code: Some(KILLED), error: Some(error), ..ContainerState::default() }
+        let error = last_error(&self.found.folder).unwrap_or_else(|| "its monitor was killed".to_owned());
+        let (status, exit_code) = (ContainerStatus::Exited, Some(KILLED));
+        ContainerState { status, exit_code, error: Some(error), ..ContainerState::default() }
     }
 
     /// Sends a signal to its first process. SIGKILL reaches it even where its monitor does not answer.
@@ -175,18 +224,29 @@ impl<'a> Control<'a> {
     /// # Errors
     /// It does not live, or the guest refuses.
     pub async fn kill(&self, signal: u8) -> Result<(), ControlError> {
-        let path = self.living()?;
+        self.living()?;
+        if let Some(end) = self.ended() {
+            if signal == SIGKILL && self.restarts(&end) {
+                return self.end().await;
+            }
+            return Err(ControlError::NotRunning { name: self.name() });
+        }
         let stop = ENDING.contains(&signal) || signal == self.found.record.stop_signal;
-        let kill = Kill { signal, all: false, stop };
-        let sent = timeout(ANSWER, self.client.act(Method::POST, &format!("{path}/kill"), Some(&kill))).await;
-        match sent {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) if error.kind() == Some(ProblemKind::WrongState) && signal != SIGKILL => {
+        match self.signal(signal, stop).await {
+            Err(_) if signal == SIGKILL => self.end().await,
+            sent => sent,
+        }
+    }
+
+    /// Sends a signal; `stop` says that the container is meant to end of it.
+    async fn signal(&self, signal: u8, stop: bool) -> Result<(), ControlError> {
+        let (path, kill) = (format!("{}/kill", self.path()), Kill { signal, all: false, stop });
+        match timeout(ANSWER, self.client.act(Method::POST, &path, Some(&kill))).await {
+            Ok(Err(error)) if error.kind() == Some(ProblemKind::WrongState) => {
                 Err(ControlError::NotRunning { name: self.name() })
             }
-            Ok(Err(error)) if signal != SIGKILL => Err(error.into()),
-            _ if signal == SIGKILL => self.end().await,
-            _ => Err(ControlError::Client(ClientError::Answer("it did not come in time".to_owned()))),
+            Ok(sent) => Ok(sent?),
+            Err(_) => Err(ControlError::Client(ClientError::Answer("it did not come in time".to_owned()))),
         }
     }
 
@@ -198,40 +258,38 @@ impl<'a> Control<'a> {
         if !self.found.alive {
             return Ok(());
         }
-        let path = self.path();
-        let Status { state, restarting, .. } = self.status().await;
-        if restarting {
-            return self.end().await;
-        }
-        let status = state.status;
-        if status == ContainerStatus::Paused {
-            // What stands still cannot be asked.
-            let _ = timeout(ANSWER, self.client.act(Method::POST, &format!("{path}/resume"), NOTHING)).await;
-        }
-        let asked = match status {
-            ContainerStatus::Running | ContainerStatus::Paused => self.kill(signal).await.is_ok(),
-            ContainerStatus::Exited => true,
+        let status = self.status().await;
+        let has_ended = status.state.status == ContainerStatus::Exited;
+        let asked = match status.live.map(|live| live.state.status) {
+            Some(ContainerStatus::Running) => self.ask(signal, false).await,
+            Some(ContainerStatus::Paused) => self.ask(signal, true).await,
             _ => false,
         };
-        if asked {
-            let wait = self.wait();
-            let ended = match grace {
-                Some(grace) => timeout(grace, wait).await.is_ok_and(|ended| ended.is_ok()),
-                None => wait.await.is_ok(),
-            };
-            if ended {
-                return self.settle().await.map(drop);
-            }
-            let kill = Kill { signal: SIGKILL, all: false, stop: true };
-            let killed = timeout(ANSWER, async {
-                self.client.act(Method::POST, &format!("{path}/kill"), Some(&kill)).await?;
-                self.wait().await
-            });
-            if matches!(killed.await, Ok(Ok(_))) {
-                return self.settle().await.map(drop);
-            }
+        let stopped = has_ended || (asked && self.stopped(grace).await);
+        // What was started again meanwhile, or before it could be asked, is ended too.
+        if stopped && self.settle().await? { Ok(()) } else { self.end().await }
+    }
+
+    /// Asks one that runs to end; whether it was asked, or has ended meanwhile.
+    async fn ask(&self, signal: u8, paused: bool) -> bool {
+        if paused {
+            // What stands still cannot be asked.
+            let resume = format!("{}/resume", self.path());
+            let _ = timeout(ANSWER, self.client.act(Method::POST, &resume, NOTHING)).await;
         }
-        self.end().await
+        matches!(self.signal(signal, true).await, Ok(()) | Err(ControlError::NotRunning { .. }))
+    }
+
+    /// Waits for its end, and kills it when that takes too long; whether it has ended.
+    async fn stopped(&self, grace: Option<Duration>) -> bool {
+        let wait = self.wait();
+        let ended = match grace {
+            Some(grace) => timeout(grace, wait).await.is_ok_and(|ended| ended.is_ok()),
+            None => wait.await.is_ok(),
+        };
+        ended
+            || (self.signal(SIGKILL, true).await.is_ok()
+                && timeout(ANSWER, self.wait()).await.is_ok_and(|ended| ended.is_ok()))
     }
 
     /// Waits until it has ended, and gives how.
@@ -245,9 +303,7 @@ impl<'a> Control<'a> {
         match self.client.get(&format!("{}/wait", self.path())).await {
             Ok(state) => Ok(state),
             // Its monitor has ended between two looks, or was killed.
-            Err(ClientError::Gone(_) | ClientError::Connect { .. }) if !self.is_alive()? => {
-                Ok(Self::new(self.root, Found { alive: false, ..self.found.clone() }).left())
-            }
+            Err(ClientError::Gone(_) | ClientError::Connect { .. }) if !self.is_alive()? => Ok(self.gone().left()),
             Err(error) => Err(error.into()),
         }
     }
@@ -256,30 +312,28 @@ impl<'a> Control<'a> {
         self.settle_now(GOODBYE).map(|ended| !ended)
     }
 
-    /// Ends its VM: by asking, or else by force.
+    /// Ends its VM, and what would start it again: by asking, or else by force.
     ///
     /// # Errors
-    /// Nothing ends it, or it is only about to live.
+    /// Nothing ends it, or another command is at work on it.
     pub async fn end(&self) -> Result<(), ControlError> {
         if !self.found.alive {
             return Ok(());
         }
-        // Known before it is asked. Of somebody else's, or of one that is only about to live, there is none.
-        let holders = holders(&self.found.folder);
-        let asked = timeout(ANSWER, self.client.act(Method::POST, "/v1/vm/shutdown", NOTHING)).await;
-        if matches!(asked, Ok(Ok(()))) && self.settle_now(GOODBYE)? {
+        let ending = match self.ended() {
+            Some(end) => !self.restarts(&end),
+            None => {
+                matches!(timeout(ANSWER, self.client.act(Method::POST, "/v1/vm/shutdown", NOTHING)).await, Ok(Ok(())))
+            }
+        };
+        if ending && self.settle_now(GOODBYE)? {
             return Ok(());
         }
-        for (_, process) in &holders {
-            // It may have ended by itself.
-            _ = pidfd_send_signal(process, Signal::KILL);
-        }
-        match (self.settle_now(if holders.is_empty() { GOODBYE } else { DEATH })?, holders.first()) {
-            (true, _) => Ok(()),
-            (false, Some((pid, _))) => {
-                Err(ControlError::Undying { name: self.name(), pid: pid.as_raw_nonzero().get() })
-            }
-            (false, None) => Err(ControlError::BeingStarted { name: self.name() }),
+        let ended = holders::end(&self.found.folder);
+        match ended.map_err(|source| ControlError::System { step: "end a monitor", source })? {
+            Outcome::Ended => Ok(()),
+            Outcome::Undying(pid) => Err(ControlError::Undying { name: self.name(), pid: pid.as_raw_nonzero().get() }),
+            Outcome::Busy => Err(ControlError::Busy { name: self.name() }),
         }
     }
 
@@ -291,56 +345,37 @@ impl<'a> Control<'a> {
         if !self.found.alive {
             return Ok(true);
         }
-        if self.status().await.state.status != ContainerStatus::Exited {
+        let Status { state, restarting, .. } = self.status().await;
+        if restarting || state.status != ContainerStatus::Exited {
             return Ok(false);
         }
         self.settle_now(GOODBYE)
     }
 
     fn settle_now(&self, patience: Duration) -> Result<bool, ControlError> {
-        let waited = self.root.wait_unheld(&self.found, patience);
+        let waited = wait_free(&self.found.folder, patience);
         waited.map_err(|source| ControlError::System { step: "wait for a monitor's end", source })
     }
 
     /// Removes it with everything that is left of it; one that lives only with `force`.
     ///
     /// # Errors
-    /// It lives, or nothing ends it.
-    pub async fn remove(self, force: bool) -> Result<(), ControlError> {
-        if self.found.alive && !self.settle().await? {
-            if !force {
-                return Err(StateError::Alive { id: self.name() }.into());
+    /// It lives, nothing ends it, or another command was faster.
+    pub async fn remove(mut self, force: bool) -> Result<(), ControlError> {
+        let deadline = Instant::now() + OTHERS;
+        loop {
+            if self.found.alive && !self.settle().await? {
+                if !force {
+                    return Err(StateError::Alive { id: self.name() }.into());
+                }
+                self.end().await?;
             }
-            self.end().await?;
+            match self.root.take(&self.found) {
+                Ok((state, _)) => return Ok(state.remove()?),
+                // Another command has it: it is started, or about to be gone.
+                Err(StateError::Alive { .. }) if force && Instant::now() < deadline => self.found.alive = true,
+                Err(error) => return Err(error.into()),
+            }
         }
-        match self.root.take(&self.found) {
-            Ok(state) => state.remove(),
-            // Another one was faster, or it went by itself.
-            Err(StateError::NoSuchContainer { .. }) => {}
-            Err(error) => return Err(error.into()),
-        }
-        Ok(())
     }
-}
-
-/// The monitors that hold the lock file of a state directory open. Each is known by a descriptor from before it was looked
-/// at, so that its number cannot have become another process's.
-fn holders(folder: &Path) -> Vec<(Pid, OwnedFd)> {
-    let Ok(lock) = fs::metadata(folder.join(crate::state::LOCK)) else { return Vec::new() };
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok()).filter_map(Pid::from_raw);
-    let is_lock = |entry: fs::DirEntry| {
-        fs::metadata(entry.path()).is_ok_and(|file| (file.dev(), file.ino()) == (lock.dev(), lock.ino()))
-    };
-    let holds = |pid: &Pid| {
-        let process = Path::new("/proc").join(pid.as_raw_nonzero().to_string());
-        let comm = fs::read_to_string(process.join("comm")).unwrap_or_default();
-        // In one that ends, the first thread lets go before the others do.
-        let threads = || fs::read_dir(process.join("task")).into_iter().flatten().flatten();
-        let files = |thread: fs::DirEntry| fs::read_dir(thread.path().join("fd")).into_iter().flatten().flatten();
-        comm.trim_end() == COMM && threads().flat_map(files).any(is_lock)
-    };
-    numbers
-        .filter_map(|pid| pidfd_open(pid, PidfdFlags::empty()).ok().filter(|_| holds(&pid)).map(|fd| (pid, fd)))
-        .collect()
 }

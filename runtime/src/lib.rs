@@ -6,6 +6,7 @@
 //! - [`spec`]: the document that a monitor is started with.
 //! - [`health`]: the health check of an image.
 //! - [`paths`], [`record`], [`state`], [`launch`]: where everything is, what is kept of a container, and its monitor.
+//! - [`lock`], [`holders`]: whether a container lives, and ending the processes that it lives in.
 //! - [`attach`], [`signals`], [`terminal`], [`timeline`]: being a process's front end.
 //! - [`run`]: a run from its request to its exit code.
 //! - [`control`]: what can be done with a container that was made.
@@ -20,10 +21,13 @@
 pub mod attach;
 pub mod capability;
 pub mod control;
+pub mod directory;
 pub mod doctor;
 pub mod env_file;
 pub mod health;
+pub mod holders;
 pub mod launch;
+pub mod lock;
 pub mod merge;
 pub mod paths;
 pub mod record;

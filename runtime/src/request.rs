@@ -55,8 +55,8 @@ pub struct RunRequest {
     pub security: Vec<SecurityOption>,
     /// `--kernel`.
     pub kernel: Option<PathBuf>,
-    /// Whether nobody is attached to it (`-d`, and containers that are only created).
-    pub detached: bool,
+    /// Which verb asks for it.
+    pub way: Way,
     /// Whether it goes when it ends.
     pub remove: bool,
     /// Whether it is started again when it has ended.
@@ -67,6 +67,18 @@ pub struct RunRequest {
     pub labels: Vec<(String, String)>,
     /// Whether the image's health check is left out.
     pub no_healthcheck: bool,
+}
+
+/// The ways in which a container is asked for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Way {
+    /// `run`: the command is its front end.
+    #[default]
+    Foreground,
+    /// `run -d`: it is started and left alone.
+    Detached,
+    /// `create`: it is started later.
+    Created,
 }
 
 /// Why a word of the request was refused.

@@ -7,6 +7,7 @@
 use std::env::{self, VarError};
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::time::Duration;
 
 use api::client::{Client, ClientError};
 use api::config::{ContainerConfig, LaunchConfig};
@@ -14,14 +15,17 @@ use api::control::EXIT_FAILED;
 use api::model::ContainerState;
 use api::record::End;
 use image::Image;
+use nix::sys::signal::Signal;
 use thiserror::Error;
 
 use crate::attach::{Attach, AttachError, Attached, Followed};
+use crate::holders;
 use crate::launch::{Ending, Launch, LaunchError, Monitor, last_error};
+use crate::lock::wait_free;
 use crate::merge::MergeError;
 use crate::paths::{self, PathError};
-use crate::record::{self, Record};
-use crate::request::{EnvEntry, RequestError, RunRequest, SignalName};
+use crate::record::{self, Record, SIGTERM};
+use crate::request::{EnvEntry, RequestError, RunRequest, SignalName, Way};
 use crate::signals::{self, Signals};
 use crate::size::{Host, SizeError, Sizes};
 use crate::spec::{self, ContainerId, SpecError};
@@ -31,6 +35,8 @@ use crate::timeline::{self, RunTimeline};
 
 /// The name of the document that a monitor is started with, in its state directory.
 pub(crate) const CONFIG: &str = "config.json";
+/// How long what is above a monitor may take to give up a container that did not start.
+const GIVING_UP: Duration = Duration::from_secs(5);
 
 /// Why a container was not run.
 #[derive(Debug, Error)]
@@ -90,6 +96,9 @@ pub enum RunError {
         /// What to tell of it: 126 and 127 when there was nothing to execute, else 125.
         exit_code: u8,
     },
+    /// A signal came first.
+    #[error("a signal came before it was started: {0}")]
+    Cancelled(Signal),
     /// A variable of the caller's cannot be handed on.
     #[error("the value of the environment variable {name} is not UTF-8: give it with -e {name}=VALUE")]
     NotUtf8 {
@@ -155,7 +164,7 @@ impl Plan {
             return Err(RunError::RemovedAndRestarted);
         }
         let sizes = Sizes::new(request.cpus, request.memory, Host::read())?;
-        if request.terminal && request.interactive && !request.detached {
+        if request.terminal && request.interactive && request.way == Way::Foreground {
             terminal::check()?;
         }
         // That they are there is said before an image is pulled.
@@ -174,8 +183,9 @@ impl Plan {
         let id = ContainerId::generate().map_err(RunError::Id)?;
         let window = request.terminal.then(terminal::window_size);
         let spec = spec::container(&id, &request, &image.config, sizes, window, |name| env::var(name).ok())?;
-        let container =
-            ContainerConfig { spec, stdin: request.interactive, stdin_once: !request.detached, wait_for_attach: false };
+        // As docker has it, only what is started and left alone waits for one client's input after another's.
+        let stdin_once = request.way != Way::Detached;
+        let container = ContainerConfig { spec, stdin: request.interactive, stdin_once, wait_for_attach: false };
         let record = Record {
             id: id.as_str().to_owned(),
             name: request.name.clone(),
@@ -189,7 +199,9 @@ impl Plan {
             vcpus: sizes.vcpus,
             memory_mib: sizes.memory_mib,
             kernel: request.kernel,
+            waits: request.way == Way::Created,
             container,
+            damage: None,
         };
         let root = RunRoot::open()?;
         // From here on signals are read, not delivered, so that whatever comes everything below is undone.
@@ -203,9 +215,6 @@ impl Plan {
 fn block() -> Result<Signals, RunError> {
     Signals::block().map_err(|source| RunError::System { step: "block signals", source })
 }
-
-/// The signal that asks a program to end, unless the request or the image says otherwise.
-const SIGTERM: u8 = 15;
 
 fn stop_signal(request: &RunRequest, image: &Image) -> Result<u8, RunError> {
     match (request.stop_signal, &image.config.stop_signal) {
@@ -226,7 +235,7 @@ impl Container {
 
     /// Leaves it as it is, to be started later, and gives its id.
     pub fn keep(mut self) -> String {
-        self.state.keep();
+        self.state.keep(true);
         self.record.id
     }
 
@@ -236,63 +245,78 @@ impl Container {
         let kernel = paths::kernel(record.kernel.as_deref())?;
         let sizes = (record.vcpus, record.memory_mib);
         let vm = spec::vm(sizes, kernel, paths::initramfs()?, image.lease.as_raw_fd());
+        let monitor = paths::monitor()?;
         let folder = Some(self.state.path().to_owned());
-        let container = ContainerConfig { wait_for_attach: attached, ..record.container.clone() };
+        let mut container = ContainerConfig { wait_for_attach: attached, ..record.container.clone() };
+        if attached && let Some(window) = &mut container.spec.process.terminal {
+            // It may have been made on another terminal.
+            *window = terminal::window_size();
+        }
         let document = LaunchConfig { vm, container: Some(container), folder, restart: record.restart };
         let document = serde_json::to_vec(&document).map_err(RunError::Encode)?;
         let config = self.state.write(CONFIG, &document)?;
-        self.state.forget(api::record::NAME);
         let launch = Launch {
-            monitor: &paths::monitor()?,
+            monitor: &monitor,
             state: &self.state,
             config: &config,
             image: image.lease.as_fd(),
             mask: &self.signals.children,
         };
+        // Last, so that what could not be started is what it was.
+        self.state.forget(api::record::NAME);
         Ok(launch.spawn()?)
     }
 
     /// Starts it and leaves it alone as soon as its program runs. Gives its id.
     ///
     /// # Errors
-    /// It did not get as far.
+    /// It did not get as far, or a signal came first.
     pub fn start_detached(mut self, image: &Image) -> Result<String, RunError> {
         let mut monitor = self.launch(image, false)?;
         self.state.release_lock();
         // Like one that was run in the foreground, it stays to be looked at.
-        if !self.record.auto_remove {
-            self.state.keep();
-        }
-        let client = Client::new(self.state.path());
-        let id = self.record.id.clone();
-        let running = runtime()?.block_on(async {
-            let path = format!("/v1/containers/{id}/wait?started=true");
-            client.get::<ContainerState>(&path).await
-        });
-        match running {
-            Ok(ContainerState { error: Some(message), exit_code, .. }) => {
-                // It ends by itself, and leaves a record.
-                monitor.reap().map_err(|source| RunError::System { step: "wait for the monitor", source })?;
+        self.state.keep(!self.record.auto_remove);
+        match runtime().and_then(|runtime| runtime.block_on(self.begin())) {
+            Ok(ContainerState { error: Some(message), exit_code, started_ns, .. })
+                if started_ns.is_none() || self.record.restart.is_none() =>
+            {
+                self.see_off(&mut monitor)?;
                 Err(RunError::Failed { message, exit_code: exit_code.unwrap_or(EXIT_FAILED) })
             }
             Ok(_) => {
                 monitor.release();
-                self.state.keep();
-                Ok(id)
+                self.state.keep(true);
+                Ok(self.record.id.clone())
+            }
+            Err(RunError::Client(error)) => {
+                let message = self.explain(&mut monitor, &error);
+                Err(RunError::Failed { message, exit_code: EXIT_FAILED })
             }
             Err(error) => {
-                let message = explain(&mut monitor, &self.state, &error);
-                Err(RunError::Failed { message, exit_code: EXIT_FAILED })
+                self.end(&monitor);
+                Err(error)
             }
         }
     }
 
-    /// Starts it and is its front end until it ends. The times it took are left in `times`.
+    /// Waits until its program runs, or cannot.
+    async fn begin(&self) -> Result<ContainerState, RunError> {
+        let client = Client::new(self.state.path());
+        let waiter = self.signals.wait().map_err(receiving)?;
+        let path = format!("/v1/containers/{}/wait?started=true", self.record.id);
+        // While the guest boots. What cannot be swept now is left to the next one.
+        let sweep = async { _ = RunRoot::open().map(|root| root.sweep()) };
+        let started = async { tokio::join!(client.get::<ContainerState>(&path), sweep).0 };
+        let started = waiter.unless_cancelled(started).await.map_err(receiving)?;
+        Ok(started.map_err(RunError::Cancelled)??)
+    }
+
+    /// Starts it and is its front end until it ends; with `stdin`, our standard input is its own, if it takes any. The times
+    /// it took are left in `times`.
     ///
     /// # Errors
     /// The container was not run.
-    pub fn run(mut self, image: &Image, times: &mut RunTimeline) -> Result<Finished, RunError> {
-        let auto_remove = self.record.auto_remove;
+    pub fn run(mut self, image: &Image, stdin: bool, times: &mut RunTimeline) -> Result<Finished, RunError> {
         let limit = self.record.container.spec.limits.memory_bytes.unwrap_or(0);
         times.monitor_spawning = timeline::now();
         let mut monitor = self.launch(image, true)?;
@@ -300,67 +324,121 @@ impl Container {
         times.monitor_spawned = timeline::now();
         // Whatever becomes of us, it is the container's process.
         monitor.release();
-        if !auto_remove {
-            self.state.keep();
-        }
-        let followed = runtime()?.block_on(self.follow());
-        let finished = match followed {
+        self.state.keep(!self.record.auto_remove);
+        let finished = match runtime().and_then(|runtime| runtime.block_on(self.follow(stdin))) {
             Ok(Followed::Ended(state)) => finished(state, limit),
             Ok(Followed::Detached) => {
-                self.state.keep();
+                self.state.keep(true);
                 return Ok(Finished::default());
             }
             Ok(Followed::Lost { message, ended }) => {
                 let finished = Finished { exit_code: EXIT_FAILED, failure: Some(message), ..Finished::default() };
                 if !ended {
-                    self.state.keep();
+                    self.state.keep(true);
                     return Ok(finished);
                 }
                 finished
             }
             Ok(Followed::Unheard) => {
                 // As a program of one's own would end that nobody listens to.
-                monitor.kill();
+                self.end(&monitor);
                 Finished { exit_code: UNHEARD, ..Finished::default() }
             }
             Ok(Followed::Cancelled(signal)) => {
-                monitor.kill();
+                self.end(&monitor);
                 Finished { exit_code: signals::exit_code(signal), ..Finished::default() }
             }
             Err(RunError::Client(error) | RunError::Attach(AttachError::Client(error))) => {
-                let message = explain(&mut monitor, &self.state, &error);
+                let message = self.explain(&mut monitor, &error);
                 Finished { exit_code: EXIT_FAILED, failure: Some(message), ..Finished::default() }
             }
             Err(error) => {
-                monitor.kill();
+                self.end(&monitor);
                 return Err(error);
             }
         };
-        // Its monitor goes on.
+        // Its monitor goes on, unless it was ended.
         if self.record.restart.is_some() {
             return Ok(finished);
         }
         // What it leaves is removed, or can be started again, when it is gone.
-        monitor.reap().map_err(|source| RunError::System { step: "wait for the monitor", source })?;
+        monitor.reap().map_err(reaping)?;
         if let Ok(Some(end)) = api::record::read(self.state.path()) {
             times.finish(&end);
         }
         Ok(finished)
     }
 
-    async fn follow(&self) -> Result<Followed<ContainerState>, RunError> {
+    async fn follow(&self, stdin: bool) -> Result<Followed<ContainerState>, RunError> {
         let client = Client::new(self.state.path());
         let path = format!("/v1/containers/{}", self.record.id);
-        let waiter = self.signals.wait().map_err(|source| RunError::System { step: "receive signals", source })?;
+        let waiter = self.signals.wait().map_err(receiving)?;
         let container = &self.record.container;
-        let attach = Attach { stdin: container.stdin, terminal: container.spec.process.terminal.is_some() };
-        let streams = client.upgrade(&format!("{path}/attach"), NOTHING).await?;
+        let attach = Attach { stdin: stdin && container.stdin, terminal: container.spec.process.terminal.is_some() };
+        let attaching = format!("{path}/attach");
+        let streams = waiter.unless_cancelled(client.upgrade(&attaching, NOTHING)).await.map_err(receiving)?;
+        let streams = match streams {
+            Ok(streams) => streams?,
+            Err(signal) => return Ok(Followed::Cancelled(signal)),
+        };
         // While the guest boots.
         RunRoot::open()?.sweep();
         let attached = Attached::begin(streams, path.clone(), attach)?;
         let end = async { Ok::<_, RunError>(client.get::<ContainerState>(&format!("{path}/wait")).await?) };
         attached.follow(&client, &waiter, end).await
     }
+
+    /// Ends its monitor, and what would start it again.
+    fn end(&self, monitor: &Monitor) {
+        monitor.kill();
+        // Nobody else can be at work on it but those who want its end too.
+        _ = holders::end(self.state.path());
+    }
+
+    /// Waits for the end of a monitor whose container did not start: it leaves a record.
+    fn see_off(&self, monitor: &mut Monitor) -> Result<(), RunError> {
+        if self.record.restart.is_none() {
+            return monitor.reap().map(drop).map_err(reaping);
+        }
+        // Without a record, as on a full disk, what is above it would try for ever.
+        if !wait_free(self.state.path(), GIVING_UP).map_err(reaping)? {
+            self.end(monitor);
+        }
+        Ok(())
+    }
+
+    /// Why a monitor's API broke off or said no, in one line; nothing of it lives on.
+    fn explain(&self, monitor: &mut Monitor, error: &ClientError) -> String {
+        if let ClientError::Problem(problem) = error {
+            self.end(monitor);
+            return problem.detail.clone();
+        }
+        // What is above a monitor does not end by itself, and how it is ended says nothing.
+        let ending = if self.record.restart.is_some() {
+            self.end(monitor);
+            None
+        } else {
+            monitor.reap().ok()
+        };
+        let folder = self.state.path();
+        if let Ok(Some(End { state: ContainerState { error: Some(error), .. }, .. })) = api::record::read(folder) {
+            return error;
+        }
+        match (ending, last_error(folder)) {
+            (Some(Ending::Killed(signal)), _) => format!("the monitor was killed by signal {signal}"),
+            (_, Some(line)) => line,
+            (Some(Ending::Exited(code)), None) => format!("the monitor ended with code {code} and without a report"),
+            (None, None) => api::session::chain(error),
+        }
+    }
+}
+
+fn receiving(source: io::Error) -> RunError {
+    RunError::System { step: "receive signals", source }
+}
+
+fn reaping(source: io::Error) -> RunError {
+    RunError::System { step: "wait for the monitor", source }
 }
 
 /// The exit code of a program that SIGPIPE ends.
@@ -376,23 +454,6 @@ pub const NOTHING: Option<&()> = None;
 pub fn runtime() -> Result<tokio::runtime::Runtime, RunError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build();
     runtime.map_err(|source| RunError::System { step: "talk to the VM", source })
-}
-
-/// Why a monitor's API broke off, in one line.
-fn explain(monitor: &mut Monitor, state: &StateDirectory, error: &ClientError) -> String {
-    if let ClientError::Problem(problem) = error {
-        return problem.detail.clone();
-    }
-    let ending = monitor.reap();
-    if let Ok(Some(End { state: ContainerState { error: Some(error), .. }, .. })) = api::record::read(state.path()) {
-        return error;
-    }
-    match (ending, last_error(state.path())) {
-        (Ok(Ending::Killed(signal)), _) => format!("the monitor was killed by signal {signal}"),
-        (_, Some(line)) => line,
-        (Ok(Ending::Exited(code)), None) => format!("the monitor ended with code {code} and without a report"),
-        (Err(_), None) => api::session::chain(error),
-    }
 }
 
 fn finished(state: ContainerState, memory_limit: u64) -> Finished {

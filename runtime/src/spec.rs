@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use api::config::{DriveConfig, DriveFile, VmConfig};
+use api::config::{ContainerConfig, DriveConfig, DriveFile, VmConfig};
 use image::ImageConfig;
 use protocol::container::{
     ContainerSpec, DEFAULT_MASKED_PATHS, DEFAULT_READONLY_PATHS, File, Limits, Namespaces, ProcessSpec, Rlimit, Rootfs,
@@ -147,6 +147,39 @@ pub fn container(
     })
 }
 
+/// A container that nothing is known of but its id.
+pub(crate) fn nothing(id: &str) -> ContainerConfig {
+    let process = ProcessSpec {
+        args: Vec::new(),
+        env: Vec::new(),
+        working_directory: String::new(),
+        user: String::new(),
+        additional_groups: Vec::new(),
+        capabilities: 0,
+        rlimits: Vec::new(),
+        no_new_privileges: true,
+        seccomp: Seccomp::Default,
+        oom_score_adj: 0,
+        terminal: None,
+        stdio: Stdio::default(),
+    };
+    let spec = ContainerSpec {
+        id: id.to_owned(),
+        hostname: String::new(),
+        rootfs: Rootfs { device: String::new(), read_only: true },
+        mounts: Vec::new(),
+        files: Vec::new(),
+        masked_paths: Vec::new(),
+        readonly_paths: Vec::new(),
+        limits: Limits::default(),
+        namespaces: Namespaces::default(),
+        shm_bytes: 0,
+        process,
+        health_check: None,
+    };
+    ContainerConfig { spec, stdin: false, stdin_once: false, wait_for_attach: false }
+}
+
 /// Checks a `--name`.
 ///
 /// # Errors
@@ -218,7 +251,7 @@ fn files(hostname: &str) -> Vec<File> {
 
 #[cfg(test)]
 mod tests {
-    use api::config::{ContainerConfig, LaunchConfig};
+    use api::config::LaunchConfig;
 
     use super::*;
     use crate::size::{Host, MIB};

@@ -1,38 +1,36 @@
 //! State on disk: one private directory per container below the run root, locked as long as its monitor, or whoever makes
-//! it, lives.
+//! it, lives ([`crate::lock`]).
 //!
-//! The lock is one of an open file description (fcntl(2), `F_OFD_SETLK`) on a file in the directory, and the descriptor that
-//! holds it is inherited by the monitor. So the disk is never believed over the process: a directory that can be locked has
-//! nobody alive in it, however that came. Unlike flock(2), it can be asked for without being taken, so that whoever only
-//! looks is in nobody's way. Whoever makes a directory locks it first and then looks whether it is still there, since a
-//! sweep may have come between.
+//! Whoever makes a directory locks it first and then looks whether it is still there, since a sweep may have come between.
+//! A directory without a record is being made, or is rubbish; one whose record cannot be read is a container all the same,
+//! so that it can be ended and removed.
 
 use std::env;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt as _, symlink};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
-use std::thread;
-use std::time::Duration;
 
-use nix::fcntl::{FcntlArg, fcntl};
-use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, flock, fstat, open, openat, statat};
+use api::config::LaunchConfig;
+use api::lock::NAME as LOCK;
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, fstat, open, openat, statat};
 use rustix::io::Errno;
 use thiserror::Error;
 
+use crate::directory::write;
+use crate::lock::{self, Wait};
 use crate::record::Record;
+use crate::run::CONFIG;
 use crate::spec::ContainerId;
+
+pub use crate::directory::StateDirectory;
 
 /// Names the run root.
 pub const RUN_VARIABLE: &str = "COFFERDAM_RUN";
 
 /// The directory in the run root in which each name is a symbolic link to an id.
 const NAMES: &str = "names";
-
-/// The file in a state directory that is locked.
-pub(crate) const LOCK: &str = "lock";
 
 /// Why there is no state directory.
 #[derive(Debug, Error)]
@@ -85,9 +83,17 @@ pub enum StateError {
         /// Its id.
         id: String,
     },
+    /// What it was made from is not known any more.
+    #[error("container {id} cannot be used, since its record is damaged ({damage}): remove it with rm")]
+    Damaged {
+        /// Its id.
+        id: String,
+        /// What is wrong with the record.
+        damage: String,
+    },
 }
 
-fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StateError {
+pub(crate) fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StateError {
     let path = path.to_owned();
     move |source| StateError::Io { action, path, source }
 }
@@ -150,9 +156,9 @@ impl RunRoot {
     pub fn create(&self, id: &ContainerId, name: Option<&str>) -> Result<StateDirectory, StateError> {
         let path = self.path.join(id.as_str());
         let lock = self.make(id).map_err(|errno| failed("make the state directory", &path)(errno.into()))?;
-        let mut state = StateDirectory { path, name: None, lock: Some(lock), kept: false };
+        let mut state = StateDirectory::new(&self.path, path, lock);
         if let Some(name) = name {
-            state.name = Some(self.link(name, id.as_str())?);
+            state.named(self.link(name, id.as_str())?);
         }
         Ok(state)
     }
@@ -161,7 +167,7 @@ impl RunRoot {
     fn make(&self, id: &ContainerId) -> rustix::io::Result<OwnedFd> {
         rustix::fs::mkdirat(&self.directory, id.as_str(), Mode::RWXU)?;
         loop {
-            match self.lock(id.as_str(), true) {
+            match self.lock(id.as_str(), Wait::Yes, OFlags::CREATE) {
                 Err(Errno::NOENT) => match rustix::fs::mkdirat(&self.directory, id.as_str(), Mode::RWXU) {
                     Ok(()) | Err(Errno::EXIST) => {}
                     Err(errno) => return Err(errno),
@@ -171,30 +177,25 @@ impl RunRoot {
         }
     }
 
-    /// Locks a state directory that is there, after waiting for its holder or only if there is none (else `EAGAIN`).
-    fn lock(&self, id: &str, wait: bool) -> rustix::io::Result<OwnedFd> {
+    /// Locks a state directory that is there. `make` says whether the file is made where there is none: not by those who
+    /// want a container that is there, since it would come back to a directory that is being removed.
+    fn lock(&self, id: &str, wait: Wait, make: OFlags) -> rustix::io::Result<OwnedFd> {
         let path = Path::new(id).join(LOCK);
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let flags = make | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = openat(&self.directory, &path, flags, Mode::RUSR | Mode::WUSR)?;
-        let whole = whole_file(libc::F_WRLCK);
-        let set = |wait| {
-            let request = || if wait { FcntlArg::F_OFD_SETLKW(&whole) } else { FcntlArg::F_OFD_SETLK(&whole) };
-            rustix::io::retry_on_intr(|| fcntl(&file, request()).map(drop).map_err(errno))
-        };
-        match set(wait) {
-            // EACCES is how some file systems say EAGAIN (fcntl(2)). Those who wait for an end let go at once.
-            Err(Errno::AGAIN | Errno::ACCESS) if !is_held(&file) => set(true)?,
-            Err(Errno::ACCESS) => return Err(Errno::AGAIN),
-            result => result?,
-        }
+        lock::hold(&file, wait)?;
         let (locked, named) = (fstat(&file)?, statat(&self.directory, &path, AtFlags::SYMLINK_NOFOLLOW)?);
         if (locked.st_dev, locked.st_ino) == (named.st_dev, named.st_ino) { Ok(file) } else { Err(Errno::NOENT) }
     }
 
-    /// Links a name to an id. One lock serialises everybody who changes names.
+    /// Links a name to an id.
     fn link(&self, name: &str, id: &str) -> Result<PathBuf, StateError> {
         let names = self.path.join(NAMES);
-        let _lock = self.lock_names(FlockOperation::LockExclusive)?;
+        match rustix::fs::mkdirat(&self.directory, NAMES, Mode::RWXU) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(errno) => return Err(failed("make the directory", &names)(errno.into())),
+        }
+        let _changes = self.lock_changes(FlockOperation::LockExclusive)?;
         let link = names.join(name);
         let linked = match symlink(id, &link) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
@@ -209,16 +210,9 @@ impl RunRoot {
         Ok(link)
     }
 
-    fn lock_names(&self, operation: FlockOperation) -> Result<OwnedFd, StateError> {
-        let names = self.path.join(NAMES);
-        match rustix::fs::mkdirat(&self.directory, NAMES, Mode::RWXU) {
-            Ok(()) | Err(Errno::EXIST) => {}
-            Err(errno) => return Err(failed("make the directory", &names)(errno.into())),
-        }
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let lock = openat(&self.directory, NAMES, flags, Mode::empty());
-        let lock = lock.and_then(|lock| flock(&lock, operation).map(|()| lock));
-        lock.map_err(|errno| failed("lock the directory", &names)(errno.into()))
+    /// One lock serialises everybody who changes names and records.
+    fn lock_changes(&self, operation: FlockOperation) -> Result<OwnedFd, StateError> {
+        lock::changes(&self.path, operation).map_err(failed("lock the run root", &self.path))
     }
 
     /// The container that a name leads to: one that lives or is kept.
@@ -229,39 +223,15 @@ impl RunRoot {
 
     /// Whether a container's directory stays when nobody lives in it.
     fn is_kept(&self, id: &str) -> bool {
-        Record::read(&self.path.join(id)).is_ok_and(|record| !record.auto_remove)
+        let folder = self.path.join(id);
+        Record::load(&folder, id).is_some_and(|record| record.is_kept(&folder))
     }
 
     /// Whether somebody holds the lock of a container's directory.
     fn is_alive(&self, id: &str) -> bool {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let Ok(file) = openat(&self.directory, Path::new(id).join(LOCK), flags, Mode::empty()) else { return false };
-        is_held(&file)
-    }
-
-    /// Waits until nobody lives in a container's directory; whether that came in time.
-    ///
-    /// # Errors
-    /// The system is out of something.
-    pub fn wait_unheld(&self, found: &Found, patience: Duration) -> io::Result<bool> {
-        let file = match fs::File::open(found.folder.join(LOCK)) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
-            Err(error) => return Err(error),
-        };
-        if !is_held(&file) {
-            return Ok(true);
-        }
-        let (sender, free) = mpsc::channel();
-        // Where it is waited for in vain, the thread ends with the process.
-        let wait = move || {
-            let shared = whole_file(libc::F_RDLCK);
-            let locked = rustix::io::retry_on_intr(|| fcntl(&file, FcntlArg::F_OFD_SETLKW(&shared)).map_err(errno));
-            drop(file);
-            _ = sender.send(locked.is_ok());
-        };
-        thread::Builder::new().name("wait".into()).spawn(wait)?;
-        Ok(free.recv_timeout(patience).unwrap_or(false))
+        lock::is_held(&file)
     }
 
     /// All containers that live or are kept, oldest first.
@@ -281,8 +251,8 @@ impl RunRoot {
         let folder = self.path.join(id);
         // Looked at first: one that ends in between is then told as alive, and the next question goes unanswered.
         let alive = self.is_alive(id);
-        let record = Record::read(&folder).ok()?;
-        (alive || !record.auto_remove).then_some(Found { folder, record, alive })
+        let record = Record::load(&folder, id)?;
+        (alive || record.is_kept(&folder)).then_some(Found { folder, record, alive })
     }
 
     /// The one container of this name, id, or beginning of an id.
@@ -308,28 +278,57 @@ impl RunRoot {
         }
     }
 
-    /// Takes a container's directory that nobody lives in, to start it again or to remove it.
+    /// Takes a container's directory that nobody lives in, to start it again or to remove it; with what it was made from,
+    /// as that is while nobody else can start or remove it.
     ///
     /// # Errors
     /// Somebody lives in it, or it is gone.
-    pub fn take(&self, found: &Found) -> Result<StateDirectory, StateError> {
+    pub fn take(&self, found: &Found) -> Result<(StateDirectory, Record), StateError> {
         let id = &found.record.id;
-        let lock = self.lock(id, false).map_err(|errno| match errno {
+        let missing = || StateError::NoSuchContainer { key: id.clone() };
+        let lock = self.lock(id, Wait::No, OFlags::empty()).map_err(|errno| match errno {
             Errno::AGAIN => StateError::Alive { id: id.clone() },
-            Errno::NOENT => StateError::NoSuchContainer { key: id.clone() },
+            Errno::NOENT => missing(),
             errno => failed("lock", &found.folder)(errno.into()),
         })?;
-        let name = found.record.name.as_ref().map(|name| self.path.join(NAMES).join(name));
-        Ok(StateDirectory { path: found.folder.clone(), name, lock: Some(lock), kept: true })
+        let record = Record::load(&found.folder, id).ok_or_else(missing)?;
+        let mut state = StateDirectory::new(&self.path, found.folder.clone(), lock);
+        state.keep(true);
+        if let Some(name) = &record.name {
+            state.named(self.path.join(NAMES).join(name));
+        }
+        Ok((state, record))
     }
 
-    /// Writes the record of a container anew, whether it lives or not.
+    /// Changes the record of a container, whether it lives or not, and the limits of its next start by its restart policy.
     ///
     /// # Errors
-    /// The file system does not let us.
-    pub fn update(&self, found: &Found) -> Result<(), StateError> {
-        let bytes = serde_json::to_vec(&found.record).map_err(|error| failed("encode", &found.folder)(error.into()))?;
-        write(&found.folder, crate::record::NAME, &bytes).map(drop)
+    /// `change` says no, the record is damaged or gone, or the file system does not let us.
+    pub fn change<E: From<StateError>>(
+        &self,
+        found: &Found,
+        change: impl FnOnce(&mut Record) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let (folder, id) = (&found.folder, &found.record.id);
+        let _changes = self.lock_changes(FlockOperation::LockExclusive)?;
+        // Who removes it removes the record first, and under the same lock: what is here stays while it is written anew.
+        let record = Record::load(folder, id).ok_or_else(|| StateError::NoSuchContainer { key: id.clone() })?;
+        let mut record = record.usable()?;
+        change(&mut record)?;
+        let bytes = serde_json::to_vec(&record).map_err(|error| failed("encode", folder)(error.into()))?;
+        write(folder, crate::record::NAME, &bytes)?;
+        // What starts it again knows nothing but the document that it was started with.
+        if record.restart.is_some()
+            && self.is_alive(id)
+            && let Ok(LaunchConfig { container: Some(mut container), vm, folder: place, restart }) =
+                LaunchConfig::read(&folder.join(CONFIG))
+        {
+            container.spec.limits = record.container.spec.limits;
+            let config = LaunchConfig { container: Some(container), vm, folder: place, restart };
+            let bytes = serde_json::to_vec(&config).map_err(|error| failed("encode", folder)(error.into()))?;
+            write(folder, CONFIG, &bytes)?;
+        }
+        Ok(())
     }
 
     /// Removes what killed processes left behind: state directories that nobody holds and that are not kept, and names
@@ -337,9 +336,11 @@ impl RunRoot {
     pub fn sweep(&self) {
         let Ok(entries) = fs::read_dir(&self.path) else { return };
         for name in entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
+            // Looked at again under the lock: it may have been made meanwhile.
             if is_id(&name)
                 && !self.is_kept(&name)
-                && let Ok(_lock) = self.lock(&name, false)
+                && let Ok(_lock) = self.lock(&name, Wait::No, OFlags::CREATE)
+                && !self.is_kept(&name)
             {
                 _ = fs::remove_dir_all(self.path.join(name));
             }
@@ -348,7 +349,7 @@ impl RunRoot {
         if !names.is_dir() {
             return;
         }
-        let Ok(_lock) = self.lock_names(FlockOperation::NonBlockingLockExclusive) else { return };
+        let Ok(_changes) = self.lock_changes(FlockOperation::NonBlockingLockExclusive) else { return };
         for link in fs::read_dir(&names).into_iter().flatten().flatten().map(|entry| entry.path()) {
             if self.holder(&link).is_none() {
                 _ = fs::remove_file(link);
@@ -368,101 +369,14 @@ pub struct Found {
     pub alive: bool,
 }
 
-/// Writes a file that only its owner can read, whole or not at all, and gives its path.
-fn write(folder: &Path, name: &str, bytes: &[u8]) -> Result<PathBuf, StateError> {
-    let path = folder.join(name);
-    let staged = folder.join(format!(".{name}"));
-    let written = fs::write(&staged, bytes).and_then(|()| fs::rename(&staged, &path));
-    written.map_err(failed("write", &path))?;
-    Ok(path)
-}
-
-/// Whether somebody holds a file's exclusive lock.
-fn is_held(file: impl std::os::fd::AsFd) -> bool {
-    // A shared one is only in the way of that.
-    let mut holder = whole_file(libc::F_RDLCK);
-    fcntl(file, FcntlArg::F_OFD_GETLK(&mut holder)).is_ok() && i32::from(holder.l_type) != libc::F_UNLCK
-}
-
-/// A lock of a whole file, as fcntl(2) wants it described.
-fn whole_file(kind: i32) -> libc::flock {
-    let (l_type, l_whence) = (kind as i16, libc::SEEK_SET as i16);
-    libc::flock { l_type, l_whence, l_start: 0, l_len: 0, l_pid: 0 }
-}
-
-fn errno(error: nix::errno::Errno) -> Errno {
-    Errno::from_raw_os_error(error as i32)
-}
-
 fn is_id(name: &str) -> bool {
     name.len() == ContainerId::LENGTH && name.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
-}
-
-/// A container's state directory, locked. Dropping it removes it and the container's name, unless it is kept.
-#[derive(Debug)]
-pub struct StateDirectory {
-    path: PathBuf,
-    name: Option<PathBuf>,
-    lock: Option<OwnedFd>,
-    kept: bool,
-}
-
-impl StateDirectory {
-    /// Its path.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// What holds its lock, unless it was released: whoever inherits it holds it too.
-    pub fn lock(&self) -> Option<BorrowedFd<'_>> {
-        self.lock.as_ref().map(OwnedFd::as_fd)
-    }
-
-    /// Leaves the lock to whoever has inherited it.
-    pub fn release_lock(&mut self) {
-        self.lock = None;
-    }
-
-    /// Writes a file that only its owner can read, whole or not at all, and gives its path.
-    ///
-    /// # Errors
-    /// The file system does not let us.
-    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<PathBuf, StateError> {
-        write(&self.path, name, bytes)
-    }
-
-    /// Removes a file that need not be there.
-    pub fn forget(&self, name: &str) {
-        _ = fs::remove_file(self.path.join(name));
-    }
-
-    /// From now on it stays, until it is removed.
-    pub fn keep(&mut self) {
-        self.kept = true;
-    }
-
-    /// Removes it and the container's name.
-    pub fn remove(mut self) {
-        self.kept = false;
-    }
-}
-
-impl Drop for StateDirectory {
-    fn drop(&mut self) {
-        if self.kept {
-            return;
-        }
-        if let Some(name) = &self.name {
-            _ = fs::remove_file(name);
-        }
-        // What is left is not locked any more, and the next run's sweep tries again.
-        _ = fs::remove_dir_all(&self.path);
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
+    use std::thread;
 
     use super::*;
 
@@ -552,5 +466,125 @@ mod tests {
             }
         });
         assert!(entries(&root).is_empty());
+    }
+
+    /// A container that was made and does not live.
+    fn made(root: &RunRoot, name: Option<&str>) -> Found {
+        let id = ContainerId::generate().unwrap();
+        let mut state = root.create(&id, name).unwrap();
+        let record = crate::record::tests::record(id.as_str(), name);
+        state.write(crate::record::NAME, &serde_json::to_vec(&record).unwrap()).unwrap();
+        state.keep(true);
+        drop(state);
+        root.find(id.as_str()).unwrap()
+    }
+
+    #[test]
+    fn a_container_whose_record_is_damaged_is_still_one_and_can_be_removed() {
+        let (temporary, root) = root();
+        let bystander = temporary.path().join("bystander");
+        fs::write(&bystander, b"").unwrap();
+        let found = made(&root, Some("web"));
+        let mut record = found.record.clone();
+        record.name = Some("../../bystander".to_owned());
+        let other = made(&root, Some("db"));
+        for bytes in [b"{".to_vec(), serde_json::to_vec(&record).unwrap()] {
+            fs::write(found.folder.join(crate::record::NAME), bytes).unwrap();
+            root.sweep();
+            let damaged = root.find(&found.record.id[..8]).unwrap();
+            assert_eq!(
+                (damaged.record.id.as_str(), damaged.record.image.as_str()),
+                (&*found.record.id, "<unreadable>")
+            );
+            assert_eq!(root.list().unwrap().len(), 2);
+            let refused = root.change(&damaged, |_| Ok::<_, StateError>(()));
+            assert!(matches!(refused, Err(StateError::Damaged { .. })), "{refused:?}");
+        }
+        let (state, record) = root.take(&found).unwrap();
+        assert!(record.usable().is_err());
+        state.remove().unwrap();
+        assert!(root.list().unwrap().len() == 1 && bystander.exists());
+        root.sweep();
+        assert!(!root.path.join("names/web").is_symlink());
+        // A name that is another's stays with it.
+        let thief = made(&root, None);
+        let record = Record { name: Some("db".to_owned()), ..thief.record.clone() };
+        fs::write(thief.folder.join(crate::record::NAME), serde_json::to_vec(&record).unwrap()).unwrap();
+        root.take(&thief).unwrap().0.remove().unwrap();
+        assert_eq!(root.find("db").unwrap().record.id, other.record.id);
+    }
+
+    #[test]
+    fn what_is_gone_is_neither_taken_nor_changed_and_does_not_come_back() {
+        let (_temporary, root) = root();
+        let found = made(&root, Some("web"));
+        let (state, record) = root.take(&found).unwrap();
+        assert_eq!(record, found.record);
+        assert!(matches!(root.take(&found), Err(StateError::Alive { .. })));
+        state.remove().unwrap();
+        assert!(!found.folder.exists() && !root.path.join("names/web").is_symlink());
+        assert!(matches!(root.take(&found), Err(StateError::NoSuchContainer { .. })));
+        let changed = root.change(&found, |_| Ok::<_, StateError>(()));
+        assert!(matches!(changed, Err(StateError::NoSuchContainer { .. })));
+        assert!(!found.folder.exists());
+    }
+
+    #[test]
+    fn changes_do_not_undo_each_other() {
+        let (_temporary, root) = root();
+        let found = made(&root, None);
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..50 {
+                        let grow = |record: &mut Record| {
+                            record.memory_mib += 1;
+                            Ok::<_, StateError>(())
+                        };
+                        root.change(&found, grow).unwrap();
+                    }
+                });
+            }
+        });
+        assert_eq!(root.find(&found.record.id).unwrap().record.memory_mib, 200);
+        let left: Vec<_> = fs::read_dir(&found.folder).unwrap().flatten().map(|entry| entry.file_name()).collect();
+        assert_eq!(left.len(), 2, "{left:?}");
+    }
+
+    #[test]
+    fn what_a_policy_starts_again_has_the_limits_of_now() {
+        let (_temporary, root) = root();
+        let mut found = made(&root, None);
+        found.record.restart = Some(api::config::RestartPolicy::Always);
+        let (mut state, _) = root.take(&found).unwrap();
+        state.write(crate::record::NAME, &serde_json::to_vec(&found.record).unwrap()).unwrap();
+        let vm = crate::spec::vm((1, 128), "/k".into(), "/i".into(), 9);
+        let config = LaunchConfig {
+            vm,
+            container: Some(found.record.container.clone()),
+            folder: None,
+            restart: found.record.restart,
+        };
+        let path = state.write(CONFIG, &serde_json::to_vec(&config).unwrap()).unwrap();
+        let change = |record: &mut Record| {
+            record.container.spec.limits.pids = Some(7);
+            Ok::<_, StateError>(())
+        };
+        root.change(&found, change).unwrap();
+        let now = LaunchConfig::read(&path).unwrap();
+        assert_eq!((now.vm, now.container.unwrap().spec.limits.pids), (config.vm, Some(7)));
+        state.keep(true);
+    }
+
+    #[test]
+    fn what_was_made_while_others_sweep_stays() {
+        let (_temporary, root) = root();
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..100).for_each(|_| drop(made(&root, None))));
+            }
+            scope.spawn(|| (0..200).for_each(|_| root.sweep()));
+        });
+        assert_eq!(root.list().unwrap().len(), 400);
     }
 }

@@ -6,6 +6,7 @@
 //! ```
 
 use std::ffi::OsString;
+use std::io::Write as _;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -13,12 +14,16 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use api::config::LaunchConfig;
 use api::control::EXIT_FAILED;
+use api::lock::{self, Byte};
 use api::server::Outcome;
 use api::session::{chain, now};
 use vmm::inherited;
 use vmm::{monitor, restart};
 
 const USAGE: &str = "usage: cofferdam-vmm --config FILE [--api-fd N] | --probe | --version";
+
+/// What is done first in a state directory.
+const LOCKING: &str = "cannot lock the state directory";
 
 /// What to do.
 enum Command {
@@ -42,10 +47,15 @@ fn main() -> ExitCode {
     std::process::exit(match outcome {
         Ok(code) => code.into(),
         Err(error) => {
-            eprintln!("error: {error:#}");
+            tell(&format!("{error:#}"));
             EXIT_FAILED.into()
         }
     })
+}
+
+/// Says what went wrong. Standard error may be a file on a disk that is full: nobody can be told then.
+fn tell(error: &str) {
+    let _ = writeln!(std::io::stderr(), "error: {error}");
 }
 
 fn parse(mut arguments: impl Iterator<Item = OsString>) -> Result<Command> {
@@ -71,15 +81,23 @@ fn run(config: &Path, api: Option<i32>, supervised: bool, started: u64) -> Resul
     jailer::process()?;
     let config = LaunchConfig::read(config)?;
     if let (Some(policy), Some(folder), false) = (config.restart, &config.folder, supervised) {
+        lock::take(folder, Byte::Supervisor).context(LOCKING)?;
         let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
-        return restart::supervise(policy, folder, &arguments).context("cannot start the monitor again");
+        return restart::supervise(policy, folder, &arguments).map_err(|error| {
+            monitor::record_failure(folder, &format!("cannot start the monitor again: {error}"));
+            anyhow::Error::from(error).context("cannot start the monitor again")
+        });
+    }
+    if let Some(folder) = &config.folder {
+        // First of all: from here on it can be found, whatever becomes of it.
+        lock::take(folder, Byte::Monitor).context(LOCKING)?;
     }
     let listener = api.map(inherited_listener).transpose()?;
     let folder = config.folder.clone();
     match monitor::run(config, listener, started) {
         Ok(Outcome { exit_code, error }) => {
             if let Some(error) = error {
-                eprintln!("error: {error}");
+                tell(&error);
             }
             Ok(exit_code)
         }

@@ -11,7 +11,7 @@ use runtime::run::NOTHING;
 use runtime::size::{Host, MIB, Sizes};
 use runtime::state::{RunRoot, StateError};
 
-use super::each;
+use super::{each, each_with};
 use crate::args::{Kill, Names, Rm, Stop, Update};
 use crate::report;
 
@@ -40,15 +40,11 @@ pub fn kill(args: &Kill) -> anyhow::Result<u8> {
 
 /// Removes containers.
 pub fn remove(args: &Rm) -> anyhow::Result<u8> {
-    let root = RunRoot::open()?;
-    // With --force, what is gone already is as it was wanted.
-    let gone = |name: &String| args.force && matches!(root.find(name), Err(StateError::NoSuchContainer { .. }));
-    let names: Vec<_> = args.names.containers.iter().filter(|name| !gone(name)).cloned().collect();
-    let code = each(&names, async |name, control| {
+    let code = each_with(&args.names.containers, args.force, async |name, control| {
         control.remove(args.force).await?;
         done(name)
     })?;
-    root.sweep();
+    RunRoot::open()?.sweep();
     Ok(code)
 }
 
@@ -80,42 +76,50 @@ pub fn update(args: &Update) -> anyhow::Result<u8> {
     }
     let sizes = Sizes::new(args.cpus, args.memory.map(|bytes| bytes.0), Host::read())?;
     let root = RunRoot::open()?;
-    each(&args.names.containers, async |name, mut control| {
-        let record = &mut control.found.record;
-        let limits = &mut record.container.spec.limits;
+    each(&args.names.containers, async |name, control| {
         let mut update = LimitsUpdate::default();
+        if let Some(damage) = control.found.record.damage.clone() {
+            return Err(StateError::Damaged { id: control.found.record.id.clone(), damage }.into());
+        }
+        let (most_memory, most_cpus) = (control.found.record.memory_mib, control.found.record.vcpus);
         if args.memory.is_some() {
-            let most = u64::from(record.memory_mib) * MIB;
-            if sizes.memory_limit > most {
+            if sizes.memory_limit > u64::from(most_memory) * MIB {
+                let mib = sizes.memory_limit / MIB;
                 bail!(
-                    "{} MiB are more than the {} MiB that the VM of container {name} has: make a new container with more",
-                    sizes.memory_limit / MIB,
-                    record.memory_mib
+                    "{mib} MiB are more than the {most_memory} MiB that the VM of container {name} has: make a new container with more"
                 );
             }
-            limits.memory_bytes = Some(sizes.memory_limit);
-            update.memory_bytes = limits.memory_bytes;
+            update.memory_bytes = Some(sizes.memory_limit);
         }
         if args.cpus.is_some() {
-            if sizes.vcpus > record.vcpus {
+            if sizes.vcpus > most_cpus {
+                let cpus = sizes.vcpus;
                 bail!(
-                    "{} CPUs are more than the {} that the VM of container {name} has: make a new container with more",
-                    sizes.vcpus,
-                    record.vcpus
+                    "{cpus} CPUs are more than the {most_cpus} that the VM of container {name} has: make a new container with more"
                 );
             }
-            limits.cpu_quota_us = sizes.cpu_quota_us;
             update.cpu_quota_us = Some(sizes.cpu_quota_us.unwrap_or(u64::MAX));
         }
         if let Some(pids) = args.pids_limit {
-            limits.pids = pids.0;
             update.pids = Some(pids.0.unwrap_or(u64::MAX));
         }
-        if control.found.alive {
+        // Nobody would answer for one that waits to be started again.
+        if control.found.alive && !control.is_restarting() {
             let path = format!("{}/limits", control.path());
             control.client.act(Method::PATCH, &path, Some(&update)).await.map_err(ControlError::from)?;
         }
-        root.update(&control.found)?;
+        root.change(&control.found, |record| {
+            let limits = &mut record.container.spec.limits;
+            let given = |update: Option<u64>, limit: &mut Option<u64>| {
+                if let Some(value) = update {
+                    *limit = (value != u64::MAX).then_some(value);
+                }
+            };
+            given(update.memory_bytes, &mut limits.memory_bytes);
+            given(update.cpu_quota_us, &mut limits.cpu_quota_us);
+            given(update.pids, &mut limits.pids);
+            anyhow::Ok(())
+        })?;
         done(name)
     })
 }

@@ -9,8 +9,8 @@ pub mod list;
 pub mod logs;
 pub mod stats;
 
-use runtime::control::Control;
-use runtime::state::RunRoot;
+use runtime::control::{Control, ControlError};
+use runtime::state::{RunRoot, StateError};
 
 use crate::report;
 
@@ -18,7 +18,15 @@ use crate::report;
 const FAILED: u8 = 1;
 
 /// Does something with each container of these names. All are tried: what fails is told, and is exit code 1.
-fn each<F>(names: &[String], mut act: F) -> anyhow::Result<u8>
+fn each<F>(names: &[String], act: F) -> anyhow::Result<u8>
+where
+    F: AsyncFnMut(&str, Control<'_>) -> anyhow::Result<()>,
+{
+    each_with(names, false, act)
+}
+
+/// As [`each`]; `gone` says that one that is not there is no failure.
+fn each_with<F>(names: &[String], gone: bool, mut act: F) -> anyhow::Result<u8>
 where
     F: AsyncFnMut(&str, Control<'_>) -> anyhow::Result<()>,
 {
@@ -30,11 +38,20 @@ where
                 Ok(control) => act(name, control).await,
                 Err(error) => Err(error.into()),
             };
-            if let Err(error) = done {
-                report::error(&format!("{error:#}"));
-                code = FAILED;
+            match done {
+                Err(error) if gone && is_gone(&error) => {}
+                Err(error) => {
+                    report::error(&format!("{error:#}"));
+                    code = FAILED;
+                }
+                Ok(()) => {}
             }
         }
         Ok(code)
     })
+}
+
+/// Whether an error says that there is no such container.
+fn is_gone(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(ControlError::State(StateError::NoSuchContainer { .. })))
 }

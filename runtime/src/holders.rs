@@ -1,0 +1,168 @@
+//! The processes that a container lives in, and ending them.
+//!
+//! The kernel says whose the bytes of the lock file are ([`api::lock`]). Each process is known by a descriptor from before
+//! the kernel was asked again, so that its number cannot have become another process's.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use api::lock::{Byte, owner};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use crate::lock::wait_free;
+
+/// How long everything may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// After so long it is looked at again: who was about to start a process may have done so.
+const STEP: Duration = Duration::from_secs(1);
+
+/// How an attempt to end a container went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// Nobody lives in it any more.
+    Ended,
+    /// This process was killed, and is there all the same.
+    Undying(Pid),
+    /// Whoever holds it is no monitor: another command is at work on it.
+    Busy,
+}
+
+#[derive(Debug)]
+struct Holder {
+    pid: Pid,
+    process: OwnedFd,
+}
+
+impl Holder {
+    fn find(lock: &File, byte: Byte) -> Option<Self> {
+        let number = owner(lock, byte)?;
+        let pid = Pid::from_raw(number)?;
+        let process = pidfd_open(pid, PidfdFlags::empty()).ok()?;
+        (owner(lock, byte) == Some(number)).then_some(Self { pid, process })
+    }
+
+    /// Kills it; whether it was gone in time.
+    fn kill(&self, patience: Duration) -> bool {
+        // It may have ended by itself.
+        _ = pidfd_send_signal(&self.process, Signal::KILL);
+        let mut ended = [PollFd::new(&self.process, PollFlags::IN)];
+        let patience = Timespec::try_from(patience).ok();
+        matches!(poll(&mut ended, patience.as_ref()), Ok(1))
+    }
+}
+
+/// Kills whatever keeps a container alive, until nothing does.
+///
+/// # Errors
+/// The system is out of something.
+pub fn end(folder: &Path) -> io::Result<Outcome> {
+    let Some(lock) = api::lock::open(folder)? else { return Ok(Outcome::Ended) };
+    let deadline = Instant::now() + PATIENCE;
+    let left = || deadline.saturating_duration_since(Instant::now());
+    loop {
+        let mut undying = None;
+        // The one above first: what is dead starts nothing again.
+        for byte in [Byte::Supervisor, Byte::Monitor] {
+            if let Some(holder) = Holder::find(&lock, byte)
+                && !holder.kill(left().min(STEP))
+            {
+                undying = Some(holder.pid);
+            }
+        }
+        if wait_free(folder, left().min(STEP))? {
+            return Ok(Outcome::Ended);
+        }
+        if left().is_zero() {
+            return Ok(undying.map_or(Outcome::Busy, Outcome::Undying));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::process::{Child, Command};
+    use std::thread;
+
+    use super::*;
+    use crate::lock::{Wait, hold, is_held};
+
+    /// Names the directory for, and the role of, a copy of this test program.
+    const FOLDER: &str = "HOLDERS_FOLDER";
+    const ROLE: &str = "HOLDERS_ROLE";
+
+    fn copy(folder: &Path, role: &str) -> Command {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "holders::tests::lives_in_a_process_of_its_own"]);
+        command.env(FOLDER, folder).env(ROLE, role).stdout(std::process::Stdio::null());
+        command
+    }
+
+    /// Not a test on its own: what is killed by the others.
+    #[test]
+    fn lives_in_a_process_of_its_own() {
+        let (Some(folder), Ok(role)) = (std::env::var_os(FOLDER), std::env::var(ROLE)) else { return };
+        let folder = Path::new(&folder);
+        if role == "supervisor" {
+            api::lock::take(folder, Byte::Supervisor).unwrap();
+            // Inherited by what it starts, as a monitor inherits it.
+            let lock = File::options().read(true).write(true).open(folder.join(api::lock::NAME)).unwrap();
+            hold(&lock, Wait::Yes).unwrap();
+            rustix::io::fcntl_setfd(&lock, rustix::io::FdFlags::empty()).unwrap();
+            loop {
+                copy(folder, "monitor").status().unwrap();
+            }
+        }
+        api::lock::take(folder, Byte::Monitor).unwrap();
+        if role == "alone" {
+            let lock = File::options().read(true).write(true).open(folder.join(api::lock::NAME)).unwrap();
+            hold(&lock, Wait::Yes).unwrap();
+            std::mem::forget(lock);
+        }
+        thread::sleep(Duration::from_secs(60));
+        std::process::exit(0);
+    }
+
+    fn begin(role: &str, byte: Byte) -> (tempfile::TempDir, Child) {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join(api::lock::NAME), b"").unwrap();
+        let child = copy(folder.path(), role).spawn().unwrap();
+        let lock = api::lock::open(folder.path()).unwrap().unwrap();
+        while owner(&lock, byte).is_none() || !is_held(&lock) {
+            thread::sleep(Duration::from_millis(5));
+        }
+        (folder, child)
+    }
+
+    #[test]
+    fn a_monitor_is_found_by_its_lock_and_killed() {
+        let (folder, mut child) = begin("alone", Byte::Monitor);
+        let lock = api::lock::open(folder.path()).unwrap().unwrap();
+        assert_eq!(owner(&lock, Byte::Monitor), Some(i32::try_from(child.id()).unwrap()));
+        assert_eq!(end(folder.path()).unwrap(), Outcome::Ended);
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&child.wait().unwrap()), Some(9));
+        assert!(!is_held(&lock) && owner(&lock, Byte::Monitor).is_none());
+    }
+
+    #[test]
+    fn what_is_started_again_is_killed_with_what_starts_it() {
+        let (folder, mut child) = begin("supervisor", Byte::Monitor);
+        assert_eq!(end(folder.path()).unwrap(), Outcome::Ended);
+        child.wait().unwrap();
+        thread::sleep(Duration::from_millis(100));
+        let lock = api::lock::open(folder.path()).unwrap().unwrap();
+        assert!(!is_held(&lock) && owner(&lock, Byte::Monitor).is_none());
+    }
+
+    #[test]
+    fn where_there_is_nothing_nothing_is_to_be_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(end(folder.path()).unwrap(), Outcome::Ended);
+        fs::write(folder.path().join(api::lock::NAME), b"").unwrap();
+        assert_eq!(end(folder.path()).unwrap(), Outcome::Ended);
+    }
+}
