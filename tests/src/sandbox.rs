@@ -249,10 +249,16 @@ impl Sandbox {
     /// There is none, or more than one.
     #[must_use]
     pub fn monitor(&self) -> u32 {
-        let comm = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        let found: Vec<u32> = self.processes().into_iter().filter(|pid| comm(pid).trim() == "cofferdam-vmm").collect();
+        let found = self.monitors();
         assert_eq!(found.len(), 1, "{found:?}");
         found[0]
+    }
+
+    /// The monitors that run here, and what is above them.
+    #[must_use]
+    pub fn monitors(&self) -> Vec<u32> {
+        let comm = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        self.processes().into_iter().filter(|pid| comm(pid).trim() == "cofferdam-vmm").collect()
     }
 
     /// The processes that were started here, wherever they are now.
