@@ -411,6 +411,21 @@ fn a_tree_that_changes_under_a_copy_leads_nowhere() {
 }
 
 #[test]
+fn what_is_removed_meanwhile_is_left_out() {
+    let image = Image::new();
+    let mut host = Host::new();
+    let script = "mkdir -p /tree/kept; (while :; do for i in 1 2 3 4; do echo x > /tree/$i; mkdir /tree/d$i; \
+                  ln -s x /tree/l$i; done; rm -rf /tree/[1-4] /tree/[dl]*; done) 2> /dev/null &";
+    let _streams = prepared(&image, &mut host, script);
+    for _ in 0..50 {
+        // Whole, whatever it has.
+        let (_, archive) = copy_out(&mut host, "/tree");
+        assert!(entries(&archive).iter().any(|entry| entry.0 == "tree/kept/"));
+    }
+    host.kill("c");
+}
+
+#[test]
 fn a_deep_tree_is_refused_and_a_frozen_container_is_copied_from() {
     let image = Image::new();
     let mut host = Host::new();

@@ -151,23 +151,23 @@ impl Walk {
             self.name.extend_from_slice(entry.file_name().to_bytes());
             let directory = entries.fd().and_then(|fd| fd.try_clone_to_owned().map_err(|_| Errno::MFILE));
             let directory = directory.of_file("open", &self.name)?;
-            match fs::statat(&directory, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW) {
-                // Removed since it was listed.
-                Err(Errno::NOENT) => {}
-                status => self.add(&directory, entry.file_name(), &status.of_file("look at", &self.name)?)?,
+            let status = unless_removed(fs::statat(&directory, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW));
+            if let Some(status) = status.of_file("look at", &self.name)? {
+                self.add(&directory, entry.file_name(), &status)?;
             }
         }
         Ok(())
     }
 
-    /// Writes one file, and makes a directory the next to be gone through.
+    /// Writes one file, and makes a directory the next to be gone through. One that was removed since it was looked at is
+    /// left out.
     fn add(&mut self, directory: &OwnedFd, file: &CStr, status: &Stat) -> Result<(), CopyError> {
         let kind = FileType::from_raw_mode(status.st_mode);
         let mut entry = self.entry(status);
         match kind {
             FileType::Directory => {
                 // Before it is written: one that was replaced is not half there.
-                let opened = self.open(directory, file, OFlags::DIRECTORY)?;
+                let Some(opened) = self.open(directory, file, OFlags::DIRECTORY)? else { return Ok(()) };
                 entry.name.push(b'/');
                 self.begin(&entry)?;
                 return self.enter(opened);
@@ -182,7 +182,8 @@ impl Walk {
             }
             FileType::Symlink => {
                 entry.kind = EntryType::Symlink;
-                let target = fs::readlinkat(directory, file, Vec::new()).of_file("read the link", &self.name)?;
+                let target = unless_removed(fs::readlinkat(directory, file, Vec::new()));
+                let Some(target) = target.of_file("read the link", &self.name)? else { return Ok(()) };
                 entry.link = target.into_bytes();
             }
             FileType::CharacterDevice => entry.kind = EntryType::Char,
@@ -228,10 +229,11 @@ impl Walk {
         false
     }
 
-    /// Opens a file that may have become anything since it was looked at; never waits for another program.
-    fn open(&self, directory: &OwnedFd, file: &CStr, flags: OFlags) -> Result<OwnedFd, CopyError> {
+    /// Opens a file that may have become anything since it was looked at, and is `None` when it was removed; never waits
+    /// for another program.
+    fn open(&self, directory: &OwnedFd, file: &CStr, flags: OFlags) -> Result<Option<OwnedFd>, CopyError> {
         let flags = flags | OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-        fs::openat(directory, file, flags, Mode::empty()).of_file("open", &self.name)
+        unless_removed(fs::openat(directory, file, flags, Mode::empty())).of_file("open", &self.name)
     }
 
     fn enter(&mut self, directory: OwnedFd) -> Result<(), CopyError> {
@@ -248,7 +250,12 @@ impl Walk {
     }
 
     fn add_file(&mut self, directory: &OwnedFd, file: &CStr) -> Result<(), CopyError> {
-        let mut opened = File::from(self.open(directory, file, OFlags::empty())?);
+        let Some(opened) = self.open(directory, file, OFlags::empty())? else {
+            // Its other names must not refer to this one.
+            self.links.retain(|_, name| *name != self.name);
+            return Ok(());
+        };
+        let mut opened = File::from(opened);
         let status = fs::fstat(opened.as_fd()).of_file("look at", &self.name)?;
         if !FileType::from_raw_mode(status.st_mode).is_file() {
             return Err(CopyError::Source { name: shown(&self.name), problem: "was replaced meanwhile" });
@@ -266,6 +273,14 @@ impl Walk {
             left -= length as u64;
         }
         self.writer.end(size).in_step("write the archive")
+    }
+}
+
+/// `None` for a file that was removed since it was listed.
+fn unless_removed<T>(result: Result<T, Errno>) -> Result<Option<T>, Errno> {
+    match result {
+        Err(Errno::NOENT) => Ok(None),
+        result => result.map(Some),
     }
 }
 
