@@ -9,6 +9,7 @@ use std::io::{self, Read, Write};
 use tar::{EntryType, Header};
 
 use super::error::{CopyError, InStep, shown};
+use crate::container::error::SetupError;
 
 /// The unit of an archive.
 const BLOCK: usize = 512;
@@ -261,7 +262,7 @@ impl<R: Read> Reader<R> {
         let mut block = [0; BLOCK];
         self.input.read_exact(&mut block).map_err(|error| match error.kind() {
             io::ErrorKind::UnexpectedEof => truncated(),
-            _ => CopyError::Step { step: "read the archive", source: error },
+            _ => SetupError::Step { step: "read the archive", source: error }.into(),
         })?;
         if block.iter().all(|byte| *byte == 0) {
             return Ok(None);

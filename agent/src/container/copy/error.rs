@@ -5,7 +5,7 @@ use std::io;
 use protocol::{Failure, FailureKind};
 use thiserror::Error;
 
-use crate::container::error::failure;
+use crate::container::error::{SetupError, failure};
 
 /// Why a copy failed.
 #[derive(Debug, Error)]
@@ -65,24 +65,9 @@ pub enum CopyError {
         #[source]
         source: io::Error,
     },
-    /// The host does not take the connection.
-    #[error("cannot connect to port {port} of the host")]
-    Dial {
-        /// The vsock port.
-        port: u32,
-        /// What the kernel says.
-        #[source]
-        source: io::Error,
-    },
-    /// Any other step that only the kernel can refuse.
-    #[error("cannot {step}")]
-    Step {
-        /// What was tried.
-        step: &'static str,
-        /// What the kernel says.
-        #[source]
-        source: io::Error,
-    },
+    /// What may fail as well when a container is set up.
+    #[error(transparent)]
+    Setup(#[from] SetupError),
 }
 
 impl CopyError {
@@ -94,7 +79,8 @@ impl CopyError {
             | Self::Archive { .. }
             | Self::Entry { .. }
             | Self::Unpack { .. } => FailureKind::InvalidRequest,
-            Self::File { .. } | Self::Dial { .. } | Self::Step { .. } => FailureKind::System,
+            Self::File { .. } => FailureKind::System,
+            Self::Setup(error) => error.kind(),
         };
         failure(kind, self)
     }
@@ -107,7 +93,7 @@ pub fn shown(name: &[u8]) -> String {
 
 /// Names the step that failed, in the manner of `context`.
 pub trait InStep<T> {
-    /// Turns an error of the kernel into [`CopyError::Step`].
+    /// Turns an error of the kernel into [`SetupError::Step`].
     ///
     /// # Errors
     /// The error that there was, named.
@@ -128,7 +114,7 @@ pub trait InStep<T> {
 
 impl<T, E: Into<io::Error>> InStep<T> for Result<T, E> {
     fn in_step(self, step: &'static str) -> Result<T, CopyError> {
-        self.map_err(|error| CopyError::Step { step, source: error.into() })
+        self.map_err(|error| SetupError::Step { step, source: error.into() }.into())
     }
 
     fn of_file(self, action: &'static str, name: &[u8]) -> Result<T, CopyError> {

@@ -17,6 +17,7 @@ use rustix::io::Errno;
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
 use super::Container;
+use super::error::SetupError;
 use super::helper::{Helper, Outlet};
 use super::root::Root;
 use super::streams::Connection;
@@ -95,7 +96,7 @@ fn enter(kept: Vec<OwnedFd>, port: u32) -> Result<(Root, File), CopyError> {
     move_into_thread_name_spaces(first.as_fd(), ThreadNameSpaceType::MOUNT)
         .in_step("join the container's mount namespace")?;
     let root = Root::of_process().in_step("open the container's root directory")?;
-    crate::sys::wait_connected(connection.as_fd()).map_err(|source| CopyError::Dial { port, source })?;
+    crate::sys::wait_connected(connection.as_fd()).map_err(|source| SetupError::Dial { port, source })?;
     let step = "make the connection blocking";
     let flags = fs::fcntl_getfl(&connection).in_step(step)?;
     fs::fcntl_setfl(&connection, flags - OFlags::NONBLOCK).in_step(step)?;
