@@ -104,10 +104,11 @@ pub enum Call {
         /// The container's id.
         container: String,
     },
-    /// Write what is at a path of a running container to a port of the host, as one tar archive whose entries begin with
-    /// the path's last component. The path is resolved in the container's root, and its last component is not followed
-    /// when it is a symbolic link. Answered with [`Answer::Path`] before anything is written; an archive that ends
-    /// without tar's two blocks of zeroes is not whole.
+    /// Write what is at a path of a running container to a port of the host, as one tar archive. Its entries begin with
+    /// the path's last component, or with `.` where the path ends with `/.` or is the root: then a directory's contents
+    /// are meant. The path is cleaned as text, without regard to symbolic links, and resolved in the container's root;
+    /// its last component is followed only where it ends with `/` or `/.`. Answered with [`Answer::Path`] before
+    /// anything is written; an archive that ends without tar's two blocks of zeroes is not whole.
     CopyOut {
         /// The container's id.
         container: String,

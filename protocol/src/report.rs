@@ -66,7 +66,7 @@ pub struct ProcessInfo {
 /// What is at a path (stat(2)).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PathInfo {
-    /// The path's last component.
+    /// The path's last component; `.` where it ends with `/.`, `/` of the root.
     pub name: String,
     /// File type and permission bits (`st_mode`).
     pub mode: u32,

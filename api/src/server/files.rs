@@ -27,14 +27,15 @@ const STAT: HeaderName = HeaderName::from_static("cofferdam-path-stat");
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct FileQuery {
-    /// The absolute path, resolved in the container's root.
+    /// The absolute path, resolved in the container's root. A symbolic link at its end is followed where it ends with `/`
+    /// or `/.`.
     path: String,
 }
 
 /// What is at a path: the JSON in the header `Cofferdam-Path-Stat`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PathStat {
-    /// The path's last component.
+    /// The path's last component; `.` where it ends with `/.`, `/` of the root.
     pub name: String,
     /// File type and permission bits (`st_mode` of stat(2)).
     pub mode: u32,
@@ -70,7 +71,8 @@ async fn moved<T>(context: &Context, what: impl Future<Output = io::Result<T>>) 
 
 /// Copy what is at a path out of a container
 ///
-/// A tar archive whose entries begin with the path's last component. One that does not end as an archive does is not whole.
+/// A tar archive whose entries begin with the path's last component, or with `.` where the path ends with `/.` or is the
+/// root. One that does not end with two blocks of zeroes is not whole. Its content is the container's: untrusted.
 #[utoipa::path(get, path = "/v1/containers/{id}/files", tag = "files", params(("id" = String, Path), FileQuery),
     responses((status = 200, content_type = "application/x-tar"),
         (status = "4XX", body = Problem, content_type = "application/problem+json")))]
