@@ -13,6 +13,11 @@ pub fn error(message: &str) {
     _ = writeln!(std::io::stderr(), "error: {}", one_line(message));
 }
 
+/// Writes as one line what somebody should know although nothing failed.
+pub fn warning(message: &str) {
+    _ = writeln!(std::io::stderr(), "warning: {}", one_line(message));
+}
+
 /// Writes the end of a guest's console, indented.
 pub fn console(text: &str) {
     let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();

@@ -179,7 +179,7 @@ pub struct Inspect {
 /// Copy files between a container and here
 #[derive(Debug, Args)]
 pub struct Cp {
-    /// Copy what symbolic links here lead to
+    /// Copy what the source leads to where it is a symbolic link
     #[arg(short = 'L', long)]
     pub follow_link: bool,
     /// Accepted for docker's sake: nothing is shown
