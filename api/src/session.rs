@@ -1,6 +1,7 @@
 //! What can go wrong between a monitor and its guest's agent, and how the guest's words are shown.
 
 use std::io;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use protocol::VERSION;
 use protocol::frame::FrameError;
@@ -56,6 +57,12 @@ pub fn chain(error: &dyn std::error::Error) -> String {
 pub fn now() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+}
+
+/// The time in nanoseconds since 1970.
+pub fn wall_clock_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use api::client::{Client, ClientError, Streams};
-use api::model::{Kill, Size, StreamKind};
+use api::model::{HEADER_LENGTH, Kill, Size, StreamKind, TROUBLE};
 use hyper::Method;
 use nix::sys::signal::Signal;
 use thiserror::Error;
@@ -22,12 +22,8 @@ use crate::terminal::{self, RawMode, TerminalError};
 
 /// Bytes copied at once.
 const PIECE: usize = 64 << 10;
-/// The length of a frame's header: the stream, three zeroes, the length of what follows in big-endian.
-const HEADER_LENGTH: usize = 8;
-/// The stream, as docker has it, whose frames say in one line what became of the others.
-const SYSTEM_ERROR: u8 = 3;
-/// How much of such a line is read.
-const SYSTEM_ERROR_MAX: u64 = 4096;
+/// How much of a line that says what is wrong is read.
+const TROUBLE_MAX: u64 = 4096;
 /// What is told of a frame that breaks off.
 const CUT: &str = "the output was cut";
 /// How long the end of a process may take to be told after its output has broken off.
@@ -214,9 +210,9 @@ fn copy_out(mut from: impl Read, terminal: bool) -> io::Result<Output> {
                 return if header.is_empty() { Ok(Output::Whole) } else { cut() };
             };
             let length = u32::from_be_bytes([a, b, c, d]);
-            if kind == SYSTEM_ERROR {
+            if kind == TROUBLE {
                 let mut line = Vec::new();
-                let _ = from.take(SYSTEM_ERROR_MAX.min(length.into())).read_to_end(&mut line);
+                let _ = from.take(TROUBLE_MAX.min(length.into())).read_to_end(&mut line);
                 return Ok(Output::Lost(shown(&line)));
             }
             // What is no frame has no end that could be waited for.
@@ -341,7 +337,7 @@ pub async fn copy_body(mut body: hyper::body::Incoming) -> io::Result<()> {
             let length = u32::from_be_bytes([header[4], header[5], header[6], header[7]]) as usize;
             let byte = header[0];
             let Some(text) = pending.get(start + HEADER_LENGTH..start + HEADER_LENGTH + length) else { break };
-            if byte == SYSTEM_ERROR {
+            if byte == TROUBLE {
                 return Err(io::Error::other(shown(text)));
             }
             write_all(StreamKind::from_byte(byte).ok_or(io::ErrorKind::InvalidData)?, text)?;

@@ -9,7 +9,7 @@ use api::model::VmBoot;
 use api::record::End;
 use serde::Serialize;
 
-pub use api::session::now;
+pub use api::session::{now, wall_clock_ns};
 
 /// Names the file.
 pub const TIMELINE_VARIABLE: &str = "COFFERDAM_TIMELINE";
@@ -53,10 +53,4 @@ impl RunTimeline {
         line.push(b'\n');
         OpenOptions::new().append(true).create(true).open(path)?.write_all(&line)
     }
-}
-
-/// The time in nanoseconds since 1970.
-pub fn wall_clock_ns() -> u64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }

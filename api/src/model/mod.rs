@@ -11,5 +11,5 @@ pub use container::{
     Kill, LimitsUpdate, MemoryStats, PidsStats, Stats, Top, TopProcess,
 };
 pub use event::{Event, EventKind};
-pub use process::{Process, ProcessCreate, ProcessState, Size, StreamKind, WaitResult};
+pub use process::{HEADER_LENGTH, Process, ProcessCreate, ProcessState, Size, StreamKind, TROUBLE, WaitResult};
 pub use vm::{Device, Vm, VmBoot, VmState};

@@ -80,6 +80,12 @@ pub struct Size {
     pub columns: u16,
 }
 
+/// The length of a frame's header: the stream, three zeroes, the length of what follows in big-endian (docker's
+/// `multiplexed-stream`).
+pub const HEADER_LENGTH: usize = 8;
+/// What a header has in a stream's place where the frame holds no output but a line that says what is wrong with it.
+pub const TROUBLE: u8 = 3;
+
 /// A stream of a process's output, as the first byte of a frame names it (docker's `multiplexed-stream`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]

@@ -42,7 +42,7 @@ use crate::config::{ContainerConfig, VmConfig};
 use crate::control::EXIT_FAILED;
 use crate::model::{ContainerState, ContainerStatus, Device, VmBoot, VmState};
 use crate::record::End;
-use crate::session::{SessionError, chain};
+use crate::session::{SessionError, chain, wall_clock_ns};
 
 pub use routes::{PROTOCOL, document};
 
@@ -380,7 +380,7 @@ impl Context {
         let state = self.vm.state().containers.get(main).map(|entry| entry.state.clone());
         let state = state.unwrap_or_else(|| ContainerState {
             status: ContainerStatus::Exited,
-            finished_ns: Some(vm::wall_clock_ns()),
+            finished_ns: Some(wall_clock_ns()),
             exit_code: Some(outcome.exit_code),
             error: outcome.error.clone(),
             ..ContainerState::default()

@@ -20,7 +20,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::consume_budget;
 
 use super::log::Log;
-use crate::model::StreamKind;
+use crate::model::{HEADER_LENGTH, StreamKind, TROUBLE};
 
 /// Bytes read at once.
 const PIECE: usize = 64 << 10;
@@ -32,10 +32,6 @@ const HOLD_LIMIT: Duration = Duration::from_secs(30);
 const TAIL_MAX: usize = 8 << 20;
 /// How long a stream of a process that has ended may stay open without bringing anything.
 const QUIET_MAX: Duration = Duration::from_secs(5);
-/// The length of a frame's header: the stream, three zeroes, the length of what follows in big-endian.
-pub const HEADER_LENGTH: usize = 8;
-/// What a header says of a frame that holds no output but what is wrong with it.
-const TROUBLE: u8 = 3;
 
 thread_local! {
     /// Where pieces are read: one for all streams, since only one is read at a time.

@@ -11,7 +11,6 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use protocol::container::ContainerSpec;
 use protocol::report::{Health as AgentHealth, HealthStatus};
@@ -24,7 +23,7 @@ use crate::model::{
     Container, ContainerState, ContainerStatus, Event, EventKind, Health, HealthState, Process, ProcessState, VmBoot,
     VmState,
 };
-use crate::session::{SessionError, now};
+use crate::session::{SessionError, now, wall_clock_ns};
 
 /// The events that are kept for those who ask late.
 const EVENTS_MAX: usize = 1024;
@@ -89,12 +88,6 @@ impl Default for Vm {
         let state = State { vm: VmState::Booting, boot: VmBoot::default(), containers, events, next_event: 1 };
         Self { state: Mutex::new(state), changes: watch::Sender::new(0) }
     }
-}
-
-/// The time in nanoseconds since 1970.
-pub fn wall_clock_ns() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
 impl Vm {

@@ -1,5 +1,7 @@
 //! State that survives: whoever is killed when, the next verb tells the truth and nothing is left.
 
+use std::fs;
+
 use rustix::process::Signal;
 use tests::process::{LIMIT, ends, kill, watch};
 use tests::sandbox::Sandbox;
