@@ -102,6 +102,8 @@ pub struct Entry {
     pub stream: StreamKind,
     /// What was written, with the end of its line where it has one.
     pub text: Vec<u8>,
+    /// Whether a line of its stream begins with it, as far as the selection shows that line.
+    pub begins: bool,
 }
 
 impl Entry {
@@ -123,13 +125,13 @@ impl Entry {
         if whole {
             text.push(b'\n');
         }
-        Some(Self { time_ns: u64::try_from(time).ok()?, stream, text })
+        Some(Self { time_ns: u64::try_from(time).ok()?, stream, text, begins: true })
     }
 
-    /// The entry as it is shown: with its time before it when that is wanted.
+    /// The entry as it is shown: with its time before it when that is wanted and a line begins with it.
     pub fn shown(&self, timestamps: bool) -> Vec<u8> {
         let mut shown = Vec::with_capacity(self.text.len() + 32);
-        if timestamps {
+        if timestamps && self.begins {
             let time = DateTime::<Utc>::from_timestamp_nanos(i64::try_from(self.time_ns).unwrap_or(i64::MAX));
             shown.extend_from_slice(time.to_rfc3339_opts(SecondsFormat::Nanos, true).as_bytes());
             shown.push(b' ');
@@ -144,7 +146,7 @@ impl Entry {
 pub struct Selection {
     /// Only entries of this time or later, in nanoseconds since 1970.
     pub since_ns: u64,
-    /// Only the last entries.
+    /// Only the last lines. One that was written in pieces is where its first piece is.
     pub tail: Option<usize>,
 }
 
@@ -157,8 +159,12 @@ pub struct LogReader {
     file: Option<BufReader<File>>,
     /// The files before it were read.
     in_current: bool,
-    /// Entries to pass over.
+    /// Lines to pass over.
     skip: usize,
+    /// Entries that were there when the lines were counted.
+    counted: usize,
+    /// Of standard output and standard error: whether a line goes on in the next entry, and then whether it is shown.
+    lines: [Option<bool>; 2],
     /// The beginning of an entry whose end was not written yet.
     partial: Vec<u8>,
 }
@@ -172,19 +178,20 @@ impl LogReader {
         let mut reader = Self::at_start(folder, selection);
         if let Some(tail) = selection.tail {
             // The files are small enough to be counted first.
-            let mut count = 0usize;
-            while reader.next()?.is_some() {
-                count += 1;
+            let (mut entries, mut lines) = (0usize, 0usize);
+            while let Some(entry) = reader.next()? {
+                entries += 1;
+                lines += usize::from(entry.begins);
             }
             reader = Self::at_start(folder, selection);
-            reader.skip = count.saturating_sub(tail);
+            (reader.skip, reader.counted) = (lines.saturating_sub(tail), entries);
         }
         Ok(reader)
     }
 
     fn at_start(folder: &Path, selection: Selection) -> Self {
         let (folder, file, in_current) = (folder.to_owned(), None, false);
-        Self { folder, selection, file, in_current, skip: 0, partial: Vec::new() }
+        Self { folder, selection, file, in_current, skip: 0, counted: 0, lines: [None; 2], partial: Vec::new() }
     }
 
     /// The next entry, or `None` when there is no further one yet.
@@ -196,16 +203,37 @@ impl LogReader {
         loop {
             let Some(line) = self.line()? else { return Ok(None) };
             // A line that is none of ours, after a crash, says nothing.
-            let Some(entry) = Entry::parse(&line) else { continue };
+            let Some(mut entry) = Entry::parse(&line) else { continue };
             if entry.time_ns < self.selection.since_ns {
                 continue;
             }
-            if self.skip > 0 {
-                self.skip -= 1;
-                continue;
+            let shown = self.place(&mut entry);
+            if shown {
+                return Ok(Some(entry));
             }
-            return Ok(Some(entry));
         }
+    }
+
+    /// Finds out whether an entry begins a line; whether it is shown.
+    fn place(&mut self, entry: &mut Entry) -> bool {
+        let line = match entry.stream {
+            StreamKind::Stdout => &mut self.lines[0],
+            StreamKind::Stderr => &mut self.lines[1],
+        };
+        let was_there = self.counted > 0;
+        self.counted = self.counted.saturating_sub(1);
+        let shown = match *line {
+            Some(true) => true,
+            // What comes later is shown, even where it goes on a line that was passed over.
+            Some(false) if was_there => false,
+            _ => self.skip == 0,
+        };
+        entry.begins = line.is_none() || (*line == Some(false) && !was_there);
+        if line.is_none() {
+            self.skip = self.skip.saturating_sub(1);
+        }
+        *line = (entry.text.last() != Some(&b'\n')).then_some(shown);
+        shown
     }
 
     fn line(&mut self) -> io::Result<Option<Vec<u8>>> {
@@ -281,9 +309,46 @@ mod tests {
         log.write(StreamKind::Stdout, b" of three\n\n").unwrap();
         assert_eq!(read(folder.path(), Selection::default()), b"one\ntwo\npart\xff\n of three\n\n");
         let tail = Selection { tail: Some(2), ..Selection::default() };
-        assert_eq!(read(folder.path(), tail), b" of three\n\n");
+        assert_eq!(read(folder.path(), tail), b"\xff\n\n");
+        let tail = Selection { tail: Some(3), ..Selection::default() };
+        assert_eq!(read(folder.path(), tail), b"part\xff\n of three\n\n");
         let future = Selection { since_ns: u64::MAX, ..Selection::default() };
         assert_eq!(read(folder.path(), future), b"");
+    }
+
+    #[test]
+    fn lines_that_were_written_in_pieces_are_counted_and_timed_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut log = LogWriter::open(folder.path()).unwrap();
+        for piece in ["one\n", "x", "y", "z\n", "$ "] {
+            log.write(StreamKind::Stdout, piece.as_bytes()).unwrap();
+        }
+        let shown = |tail| {
+            let mut reader = LogReader::open(folder.path(), Selection { tail, ..Selection::default() }).unwrap();
+            let shown = std::iter::from_fn(|| reader.next().unwrap()).flat_map(|entry| entry.shown(true));
+            String::from_utf8(shown.collect()).unwrap()
+        };
+        let timed =
+            |shown: &str| shown.lines().map(|line| line.split_once(' ').unwrap().1.to_owned()).collect::<Vec<_>>();
+        assert_eq!(timed(&shown(None)), ["one", "xyz", "$ "]);
+        assert_eq!(timed(&shown(Some(2))), ["xyz", "$ "]);
+        assert_eq!(timed(&shown(Some(1))), ["$ "]);
+        assert_eq!(shown(Some(0)), "");
+    }
+
+    #[test]
+    fn who_wants_no_line_that_was_there_gets_what_comes() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut log = LogWriter::open(folder.path()).unwrap();
+        log.write(StreamKind::Stdout, b"$ ").unwrap();
+        let none = Selection { tail: Some(0), ..Selection::default() };
+        let mut reader = LogReader::open(folder.path(), none).unwrap();
+        assert!(reader.next().unwrap().is_none());
+        log.write(StreamKind::Stdout, b"typed").unwrap();
+        let entry = reader.next().unwrap().unwrap();
+        assert!(entry.begins && entry.text == b"typed");
+        log.write(StreamKind::Stdout, b"!\n").unwrap();
+        assert!(!reader.next().unwrap().unwrap().begins);
     }
 
     #[test]
