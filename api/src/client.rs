@@ -118,7 +118,8 @@ impl Client {
         self.send(Method::GET, path, empty(), false).await
     }
 
-    /// Sends a body piece by piece, and calls `finished` with how it ended.
+    /// Sends a body piece by piece, until the queue's sender is dropped or a piece is an error, and waits until all of it
+    /// was taken.
     ///
     /// # Errors
     /// [`ClientError`].
