@@ -1,11 +1,16 @@
 //! `ps`: the containers there are.
 
 use std::collections::BTreeMap;
+use std::mem::discriminant;
+use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
+use api::client::SOCKET;
 use api::model::{ContainerStatus, HealthState};
+use clap::ValueEnum;
+use image::Reference;
 use runtime::control::{Control, Status};
-use runtime::state::RunRoot;
+use runtime::state::{Found, RunRoot};
 use runtime::timeline::wall_clock_ns;
 use serde::Serialize;
 
@@ -26,7 +31,7 @@ struct Row {
     image_id: String,
     command: String,
     created: String,
-    state: ContainerStatus,
+    state: State,
     status: String,
     exit_code: Option<u8>,
     health: Option<HealthState>,
@@ -36,20 +41,42 @@ struct Row {
     created_ns: u64,
 }
 
+/// Where a container is in its life: what its monitor says, and what that cannot say itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+enum State {
+    Creating,
+    Created,
+    Starting,
+    Running,
+    Paused,
+    Restarting,
+    Exited,
+    /// Its monitor lives and does not answer.
+    Unresponsive,
+}
+
+/// A container that was asked how it is.
+struct Asked {
+    status: Status,
+    state: State,
+}
+
 /// Lists containers, newest first.
 pub fn ps(args: &Ps) -> anyhow::Result<u8> {
     let filters = args.filter.iter().map(|filter| Filter::parse(filter)).collect::<anyhow::Result<Vec<_>>>()?;
-    let root = RunRoot::open()?;
-    let found = root.list()?;
+    let root = Arc::new(RunRoot::open()?);
     let by_status = filters.iter().any(|filter| matches!(filter, Filter::Status(_)));
+    let listed = root.list()?.into_iter().rev().filter(|found| found.alive || args.all || by_status);
+    // All at the same time: one that does not answer holds up nobody else.
     let rows: Vec<Row> = runtime::run::runtime()?.block_on(async {
+        let asked: Vec<_> = listed.map(|found| tokio::spawn(ask(Arc::clone(&root), found))).collect();
         let mut rows = Vec::new();
-        for found in found.into_iter().rev().filter(|found| found.alive || args.all || by_status) {
-            let status = Control::new(&root, found).status().await;
-            let runs =
-                status.restarting || !matches!(status.state.status, ContainerStatus::Exited | ContainerStatus::Created);
-            if (runs || args.all || by_status) && filters.iter().all(|filter| filter.takes(&status)) {
-                rows.push(row(&status));
+        for asked in asked {
+            let asked = asked.await?;
+            let runs = !matches!(asked.state, State::Exited | State::Created);
+            if (runs || args.all || by_status) && take(&filters, |filter| filter.takes(&asked)) {
+                rows.push(row(&asked));
             }
         }
         anyhow::Ok(rows)
@@ -62,6 +89,23 @@ pub fn ps(args: &Ps) -> anyhow::Result<u8> {
     };
     report::print(&text)?;
     Ok(0)
+}
+
+async fn ask(root: Arc<RunRoot>, found: Found) -> Asked {
+    // One whose socket is not there yet is only being made.
+    let has_monitor = found.alive && found.folder.join(SOCKET).exists();
+    let status = Control::new(&root, found).status().await;
+    let state = match status.state.status {
+        ContainerStatus::Creating if has_monitor && status.live.is_none() => State::Unresponsive,
+        ContainerStatus::Creating => State::Creating,
+        ContainerStatus::Created => State::Created,
+        ContainerStatus::Starting => State::Starting,
+        ContainerStatus::Running => State::Running,
+        ContainerStatus::Paused => State::Paused,
+        ContainerStatus::Exited if status.restarting => State::Restarting,
+        ContainerStatus::Exited => State::Exited,
+    };
+    Asked { status, state }
 }
 
 fn shown(rows: &[Row], whole: bool, id: impl Fn(&Row) -> String) -> String {
@@ -93,7 +137,8 @@ fn shorten(text: &str) -> String {
     text.chars().take(COMMAND_MAX - 1).chain(['…']).collect()
 }
 
-fn row(status: &Status) -> Row {
+fn row(asked: &Asked) -> Row {
+    let Asked { status, state } = asked;
     let record = &status.record;
     Row {
         id: record.id.clone(),
@@ -104,8 +149,8 @@ fn row(status: &Status) -> Row {
         command: api::session::shown(&record.container.spec.process.args.join(" ")),
         created: rfc3339(record.created_ns),
         created_ns: record.created_ns,
-        state: status.state.status,
-        status: words(status),
+        state: *state,
+        status: words(asked),
         exit_code: status.state.exit_code,
         health: status.health.as_ref().map(|health| health.status),
         ports: Vec::new(),
@@ -114,27 +159,23 @@ fn row(status: &Status) -> Row {
 }
 
 /// Where a container is in its life, in docker's words.
-fn words(status: &Status) -> String {
+fn words(asked: &Asked) -> String {
+    let status = &asked.status;
     let now = wall_clock_ns();
     let since = |time: Option<u64>| now.saturating_sub(time.unwrap_or(now)) / 1_000_000_000;
-    let state = &status.state;
-    match state.status {
-        ContainerStatus::Creating => "Creating".to_owned(),
-        ContainerStatus::Created => "Created".to_owned(),
-        ContainerStatus::Starting => "Starting".to_owned(),
-        ContainerStatus::Exited if status.restarting => {
-            let code = state.exit_code.unwrap_or_default();
-            format!("Restarting ({code}) {}", table::ago(since(state.finished_ns)))
-        }
-        ContainerStatus::Exited => {
-            let code = state.exit_code.unwrap_or_default();
-            match state.finished_ns {
-                Some(time) => format!("Exited ({code}) {}", table::ago(since(Some(time)))),
-                None => format!("Exited ({code})"),
-            }
-        }
-        ContainerStatus::Running | ContainerStatus::Paused => {
-            let up = table::ago(since(state.started_ns));
+    let code = status.state.exit_code.unwrap_or_default();
+    match asked.state {
+        State::Creating => "Creating".to_owned(),
+        State::Created => "Created".to_owned(),
+        State::Starting => "Starting".to_owned(),
+        State::Unresponsive => "Not responding".to_owned(),
+        State::Restarting => format!("Restarting ({code}) {}", table::ago(since(status.state.finished_ns))),
+        State::Exited => match status.state.finished_ns {
+            Some(time) => format!("Exited ({code}) {}", table::ago(since(Some(time)))),
+            None => format!("Exited ({code})"),
+        },
+        State::Running | State::Paused => {
+            let up = table::ago(since(status.state.started_ns));
             let up = up.strip_suffix(" ago").unwrap_or(&up);
             let health = match status.health.as_ref().map(|health| health.status) {
                 Some(HealthState::Starting) => " (health: starting)",
@@ -142,8 +183,7 @@ fn words(status: &Status) -> String {
                 Some(HealthState::Unhealthy) => " (unhealthy)",
                 None => "",
             };
-            let paused = if state.status == ContainerStatus::Paused { " (Paused)" } else { health };
-            format!("Up {up}{paused}")
+            format!("Up {up}{}", if asked.state == State::Paused { " (Paused)" } else { health })
         }
     }
 }
@@ -153,9 +193,18 @@ fn words(status: &Status) -> String {
 enum Filter {
     Id(String),
     Name(String),
-    Status(String),
+    Status(State),
     Ancestor(String),
     Label(String, Option<String>),
+}
+
+/// Whether filters take a container, of which `holds` says which are true: as in docker, one of each kind is enough, but all
+/// labels must be there.
+fn take(filters: &[Filter], holds: impl Fn(&Filter) -> bool) -> bool {
+    filters.iter().all(|filter| {
+        let mut like_it = filters.iter().filter(|other| discriminant(*other) == discriminant(filter));
+        holds(filter) || !matches!(filter, Filter::Label(..)) && like_it.any(&holds)
+    })
 }
 
 impl Filter {
@@ -165,7 +214,7 @@ impl Filter {
         Ok(match key {
             "id" => Self::Id(value),
             "name" => Self::Name(value),
-            "status" => Self::Status(value),
+            "status" => Self::Status(status(&value)?),
             "ancestor" => Self::Ancestor(value),
             "label" => match value.split_once('=') {
                 Some((name, value)) => Self::Label(name.to_owned(), Some(value.to_owned())),
@@ -175,13 +224,13 @@ impl Filter {
         })
     }
 
-    fn takes(&self, status: &Status) -> bool {
-        let record = &status.record;
+    fn takes(&self, asked: &Asked) -> bool {
+        let record = &asked.status.record;
         match self {
             Self::Id(id) => record.id.starts_with(id.as_str()),
             Self::Name(name) => record.name.as_ref().is_some_and(|own| own.contains(name.as_str())),
-            Self::Status(word) => serde_json::to_value(status.state.status).is_ok_and(|own| own == word.as_str()),
-            Self::Ancestor(image) => record.image == *image || record.image_id.contains(image.as_str()),
+            Self::Status(state) => asked.state == *state,
+            Self::Ancestor(image) => is_of(image, &record.image, &record.image_id),
             Self::Label(name, value) => {
                 let mut labels = record.labels.iter();
                 labels.any(|(own, set)| own == name && value.as_ref().is_none_or(|value| value == set))
@@ -190,16 +239,62 @@ impl Filter {
     }
 }
 
+fn status(word: &str) -> anyhow::Result<State> {
+    State::from_str(word, false).ok().with_context(|| {
+        let names = State::value_variants().iter().filter_map(ValueEnum::to_possible_value);
+        let names: Vec<String> = names.map(|value| value.get_name().to_owned()).collect();
+        format!("there is no status {word:?}: give {}", names.join(", "))
+    })
+}
+
+/// Whether a word names an image: by its reference, however much of it is left to defaults, or by the beginning of its id.
+fn is_of(word: &str, image: &str, id: &str) -> bool {
+    let digits = |id: &str| id.strip_prefix("sha256:").unwrap_or(id).to_owned();
+    let reference = |text: &str| text.parse::<Reference>().ok();
+    let prefix = digits(word);
+    word == image
+        || (!prefix.is_empty() && digits(id).starts_with(&prefix))
+        || reference(word).is_some_and(|named| reference(image) == Some(named))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn filters_are_read_or_refused() {
-        assert_eq!(Filter::parse("status=exited").unwrap(), Filter::Status("exited".into()));
+        assert_eq!(Filter::parse("status=exited").unwrap(), Filter::Status(State::Exited));
+        assert_eq!(Filter::parse("status=restarting").unwrap(), Filter::Status(State::Restarting));
         assert_eq!(Filter::parse("label=a=b").unwrap(), Filter::Label("a".into(), Some("b".into())));
         assert_eq!(Filter::parse("label=a").unwrap(), Filter::Label("a".into(), None));
         assert!(Filter::parse("colour=red").is_err() && Filter::parse("name").is_err());
+        let error = Filter::parse("status=runing").unwrap_err().to_string();
+        assert!(error.contains("runing") && error.contains("creating, created, starting, running, paused"), "{error}");
+    }
+
+    #[test]
+    fn one_filter_of_each_kind_is_enough_and_all_labels_must_be_there() {
+        let true_ones = ["name=web", "status=running", "label=a=1", "label=b"];
+        let true_ones = true_ones.map(|word| Filter::parse(word).unwrap());
+        let taken = |words: &[&str]| {
+            let filters: Vec<_> = words.iter().map(|word| Filter::parse(word).unwrap()).collect();
+            take(&filters, |filter| true_ones.contains(filter))
+        };
+        assert!(taken(&[]) && taken(&["name=web", "name=other"]) && taken(&["status=exited", "status=running"]));
+        assert!(!taken(&["name=web", "status=exited"]) && !taken(&["name=x", "name=y"]));
+        assert!(taken(&["label=a=1", "label=b", "name=web"]) && !taken(&["label=a=1", "label=c"]));
+    }
+
+    #[test]
+    fn an_image_is_named_by_its_reference_or_the_beginning_of_its_id() {
+        let of = |word| is_of(word, "127.0.0.1:5000/busybox", "sha256:beef01");
+        for word in ["127.0.0.1:5000/busybox", "127.0.0.1:5000/busybox:latest", "beef", "sha256:beef01"] {
+            assert!(of(word), "{word}");
+        }
+        for word in ["sha256", "sha256:", "", "ef01", "busybox", "127.0.0.1:5000/busybox:1"] {
+            assert!(!of(word), "{word}");
+        }
+        assert!(is_of("docker.io/library/busybox", "busybox", "sha256:00"));
     }
 
     #[test]
