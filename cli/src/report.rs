@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::io::Write as _;
+use std::ops::ControlFlow;
 
 use api::control::EXIT_FAILED;
 
@@ -59,16 +60,33 @@ pub fn version() -> anyhow::Result<u8> {
 
 /// Writes to standard output. A reader that has gone away, as in `| head`, is no error.
 pub fn print(text: &str) -> std::io::Result<()> {
-    let mut stdout = std::io::stdout().lock();
-    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        written => written,
+    print_part(text).map(|_| ())
+}
+
+/// Writes a part of what goes on to standard output: `Break` when its reader has gone away, and nobody would read more.
+pub fn print_part(text: &str) -> std::io::Result<ControlFlow<()>> {
+    part(&mut std::io::stdout().lock(), text)
+}
+
+fn part(to: &mut impl std::io::Write, text: &str) -> std::io::Result<ControlFlow<()>> {
+    match to.write_all(text.as_bytes()).and_then(|()| to.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(ControlFlow::Break(())),
+        written => written.map(ControlFlow::Continue),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_reader_that_has_gone_away_ends_what_goes_on() {
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        assert_eq!(part(&mut writer, "one").unwrap(), ControlFlow::Continue(()));
+        drop(reader);
+        assert_eq!(part(&mut writer, "two").unwrap(), ControlFlow::Break(()));
+        assert!(part(&mut &mut [0u8; 1][..], "no pipe").is_err());
+    }
 
     #[test]
     fn a_guest_cannot_drive_the_terminal() {
