@@ -5,6 +5,9 @@ use std::io::Write as _;
 use std::ops::ControlFlow;
 
 use api::control::EXIT_FAILED;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use tokio::sync::oneshot;
 
 /// The most of a guest's console that is shown.
 const CONSOLE_LINES: usize = 40;
@@ -73,6 +76,20 @@ fn part(to: &mut impl std::io::Write, text: &str) -> std::io::Result<ControlFlow
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(ControlFlow::Break(())),
         written => written.map(ControlFlow::Continue),
     }
+}
+
+/// Hears when the reader of standard output has gone away, even while there is nothing to write. The thread that waits for
+/// that ends with the process.
+pub fn reader_gone() -> std::io::Result<oneshot::Receiver<()>> {
+    let (sender, gone) = oneshot::channel();
+    let wait = move || {
+        let stdout = rustix::stdio::stdout();
+        // Errors and hang-ups are told unasked; a file has none.
+        while let Err(Errno::INTR) = poll(&mut [PollFd::new(&stdout, PollFlags::empty())], None) {}
+        _ = sender.send(());
+    };
+    std::thread::Builder::new().name("reader".into()).spawn(wait)?;
+    Ok(gone)
 }
 
 #[cfg(test)]

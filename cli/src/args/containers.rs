@@ -194,9 +194,15 @@ pub struct Cp {
 /// Show what happens to containers
 #[derive(Debug, Args)]
 pub struct Events {
-    /// Begin with the event of this number in each VM, not with the next one
-    #[arg(long, value_name = "SEQUENCE")]
-    pub since: Option<u64>,
+    /// Show what has happened since then too: RFC 3339, seconds since 1970, or an age like 10m
+    #[arg(long, value_name = "TIME")]
+    pub since: Option<crate::when::Moment>,
+    /// Only show what happens until then
+    #[arg(long, value_name = "TIME")]
+    pub until: Option<crate::when::Moment>,
+    /// Begin with the event of this number in each VM that there is, not with the next one
+    #[arg(long, value_name = "NUMBER")]
+    pub from: Option<u64>,
     /// Only show what has happened already
     #[arg(long)]
     pub no_follow: bool,

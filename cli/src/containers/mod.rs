@@ -8,6 +8,7 @@ pub mod life;
 pub mod list;
 pub mod logs;
 pub mod stats;
+mod watch;
 
 use runtime::control::{Control, ControlError};
 use runtime::state::{RunRoot, StateError};

@@ -113,9 +113,9 @@ fn events_come_in_order_and_from_a_number_on() {
         sandbox.detached("short", &[], "busybox", &["sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.2; done"]);
     all.wait_for("short\tstarted\n");
     assert_eq!(short.verb("exec", &[], &["true"]).end().succeeded(), "");
-    let told = short.verb("events", &["--no-follow", "--since", "2", "--format", "sequence,event"], &[]).end();
+    let told = short.verb("events", &["--no-follow", "--from", "2", "--format", "sequence,event"], &[]).end();
     assert_eq!(told.succeeded(), "2\tcreated\n3\tstarted\n4\tprocess_started\n5\tprocess_exited\n");
-    let following = short.verb("events", &["--since", "4", "--format", "json"], &[]).start();
+    let following = short.verb("events", &["--from", "4", "--format", "json"], &[]).start();
     following.wait_for("process_exited");
     assert_eq!(short.verb("stop", &[], &[]).end().succeeded(), "short\n");
     let lines: Vec<serde_json::Value> =
@@ -130,12 +130,12 @@ fn events_come_in_order_and_from_a_number_on() {
 fn a_policy_starts_it_again_until_it_is_stopped() {
     let sandbox = Sandbox::new();
     let always = sandbox.detached("always", &["--restart", "always"], "busybox", &["sh", "-c", "echo run; sleep 1"]);
-    let following = always.verb("events", &["--since", "1", "--format", "event"], &[]).start();
-    following.wait_for("vm_stopped\n");
-    let _ = following.end();
+    let following = always.verb("events", &["--from", "1", "--format", "event"], &[]).start();
+    following.wait_for("vm_stopped\nvm_ready\n");
     // The next one is the same container, with the same log.
     let read = "until [ \"$(\"$COFFERDAM\" logs always | grep -c run)\" -ge 2 ]; do sleep 0.5; done; \"$COFFERDAM\" stop -t 1 always";
     assert_eq!(sandbox.program("sh", ["-c", read]).end().succeeded(), "always\n");
+    assert!(following.end().succeeded().ends_with("vm_stopped\n"));
     assert_eq!(always.inspect("state.status"), "exited");
     assert_eq!(sandbox.cofferdam(["ps", "--format", "name"]).end().succeeded(), "");
     let image = Sandbox::reference("busybox");
