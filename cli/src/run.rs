@@ -202,6 +202,7 @@ fn request(args: ContainerFlags) -> anyhow::Result<(String, RunRequest)> {
         stop_signal: args.stop_signal,
         labels: args.label.iter().map(|label| labelled(label)).collect(),
         no_healthcheck: args.no_healthcheck,
+        health: args.health.request(),
     };
     Ok((image, request))
 }

@@ -8,6 +8,7 @@ use protocol::container::{Mount, MountSource, Rlimit, Seccomp};
 use thiserror::Error;
 
 use crate::capability::Capability;
+use crate::health::HealthRequest;
 use crate::size::{Bytes, Cpus, SizeError};
 
 /// One container to run. The fields are docker's flags of the same names.
@@ -67,6 +68,8 @@ pub struct RunRequest {
     pub labels: Vec<(String, String)>,
     /// Whether the image's health check is left out.
     pub no_healthcheck: bool,
+    /// `--health-cmd` and its like.
+    pub health: HealthRequest,
 }
 
 /// The ways in which a container is asked for.
@@ -137,6 +140,12 @@ pub enum RequestError {
     /// A restart policy that is unknown.
     #[error("{text:?} is not a restart policy: give no, always, unless-stopped or on-failure[:NUMBER]")]
     Restart {
+        /// What was given.
+        text: String,
+    },
+    /// Not a time for a health check.
+    #[error("{text:?} is not a time of a health check: give 0 for the default, or at least 1ms, like 30s or 1m30s")]
+    Period {
         /// What was given.
         text: String,
     },
@@ -374,6 +383,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::health::Period;
 
     proptest! {
         #[test]
@@ -383,6 +393,7 @@ mod tests {
                 _ = text.parse::<PidsLimit>();
                 _ = text.parse::<SecurityOption>();
                 _ = text.parse::<Bytes>();
+                _ = text.parse::<Period>();
                 _ = text.parse::<Cpus>();
                 _ = text.parse::<Capability>();
                 _ = format!("nofile={text}").parse::<Ulimit>();

@@ -187,6 +187,25 @@ mod tests {
     }
 
     #[test]
+    fn health_flags_are_read_or_refused() {
+        let health = run("--health-cmd true --health-interval 1m30s --health-retries=2 img").health.request();
+        assert_eq!((health.command.as_deref(), health.interval.0, health.retries), (Some("true"), 90_000_000_000, 2));
+        assert_eq!(run("img").health.request(), runtime::health::HealthRequest::default());
+        for (words, part) in [
+            ("--health-interval 5 img", "\"5\" is not a time"),
+            ("--health-timeout -5s img", "\"-5s\" is not a time"),
+            ("--health-retries -1 img", "'-1'"),
+            ("--health-cmd= img", "--health-cmd"),
+            ("--no-healthcheck --health-interval 5s img", "cannot be used with"),
+        ] {
+            let words = ["cofferdam", "run"].into_iter().chain(words.split_whitespace());
+            let error = Cli::try_parse_from(words).unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        }
+        assert!(run("--no-healthcheck img").no_healthcheck);
+    }
+
+    #[test]
     fn what_does_not_work_yet_is_refused_by_name() {
         for (words, flag) in [
             ("-v /a:/b img", "--volume"),

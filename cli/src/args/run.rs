@@ -2,8 +2,10 @@
 
 use std::path::PathBuf;
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, ValueEnum};
 use runtime::capability::Capability;
+use runtime::health::{HealthRequest, Period};
 use runtime::request::{EnvEntry, PidsLimit, Restart, SecurityOption, SignalName, Tmpfs, Ulimit};
 use runtime::size::{Bytes, Cpus};
 
@@ -106,8 +108,11 @@ pub struct ContainerFlags {
     #[arg(long, value_name = "SIGNAL")]
     pub stop_signal: Option<SignalName>,
     /// Leave the image's health check out
-    #[arg(long)]
+    #[arg(long, conflicts_with = "HealthFlags")]
     pub no_healthcheck: bool,
+    /// How well it is.
+    #[command(flatten)]
+    pub health: HealthFlags,
     /// When to get the image
     #[arg(long, value_name = "WHEN", default_value = "missing")]
     pub pull: When,
@@ -129,6 +134,43 @@ pub struct ContainerFlags {
     /// The image, the program to run in it, and the program's arguments
     #[arg(value_name = "IMAGE [COMMAND] [ARG]", required = true, trailing_var_arg = true)]
     pub words: Vec<String>,
+}
+
+/// The container's health check. What is not given, or zero, is as in the image, or docker's default.
+#[derive(Debug, Args)]
+pub struct HealthFlags {
+    /// Check the container's health with this line for its shell
+    #[arg(long, value_name = "COMMAND", value_parser = NonEmptyStringValueParser::new())]
+    pub health_cmd: Option<String>,
+    /// The time between two health checks, like 30s or 1m30s [default: 30s]
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
+    pub health_interval: Option<Period>,
+    /// How long a health check may take [default: 30s]
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
+    pub health_timeout: Option<Period>,
+    /// How many health checks in a row must fail for the container to be unhealthy [default: 3]
+    #[arg(long, value_name = "NUMBER", allow_hyphen_values = true)]
+    pub health_retries: Option<u32>,
+    /// How long after its start failures do not count [default: 0s]
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
+    pub health_start_period: Option<Period>,
+    /// The time between two health checks until then [default: 5s]
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
+    pub health_start_interval: Option<Period>,
+}
+
+impl HealthFlags {
+    /// What was asked for.
+    pub fn request(self) -> HealthRequest {
+        HealthRequest {
+            command: self.health_cmd,
+            interval: self.health_interval.unwrap_or_default(),
+            timeout: self.health_timeout.unwrap_or_default(),
+            start_period: self.health_start_period.unwrap_or_default(),
+            start_interval: self.health_start_interval.unwrap_or_default(),
+            retries: self.health_retries.unwrap_or_default(),
+        }
+    }
 }
 
 /// When `run` gets an image.
