@@ -92,6 +92,9 @@ pub fn ps(args: &Ps) -> anyhow::Result<u8> {
 }
 
 async fn ask(root: Arc<RunRoot>, found: Found) -> Asked {
+    if let Some(status) = between(&found) {
+        return Asked { status, state: State::Restarting };
+    }
     // One whose socket is not there yet is only being made.
     let has_monitor = found.alive && found.folder.join(SOCKET).exists();
     let status = Control::new(&root, found).status().await;
@@ -106,6 +109,14 @@ async fn ask(root: Arc<RunRoot>, found: Found) -> Asked {
         ContainerStatus::Exited => State::Exited,
     };
     Asked { status, state }
+}
+
+/// A container between two VMs. Its socket is its supervisor's then: a question would wait for the next one. The record of
+/// how it ended is there until that begins.
+fn between(found: &Found) -> Option<Status> {
+    let record = found.alive.then_some(&found.record).filter(|record| record.restart.is_some())?;
+    let end = api::record::read(&found.folder).ok()?.filter(|end| !end.stopped)?;
+    Some(Status { record: record.clone(), state: end.state, health: None, live: None, restarting: true })
 }
 
 fn shown(rows: &[Row], whole: bool, id: impl Fn(&Row) -> String) -> String {
