@@ -19,3 +19,4 @@ mod state;
 mod streams;
 mod terminal;
 mod user_env;
+mod verbs;
