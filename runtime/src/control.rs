@@ -89,6 +89,8 @@ pub struct Status {
     pub live: Option<Container>,
     /// Whether its restart policy is about to start it again.
     pub restarting: bool,
+    /// Whether its monitor lives and does not answer.
+    pub unresponsive: bool,
 }
 
 /// A container, and the way to its monitor.
@@ -145,7 +147,7 @@ impl<'a> Control<'a> {
     async fn look(&self) -> Status {
         let told = |state, restarting| {
             let record = self.found.record.clone();
-            Status { record, state, health: None, live: None, restarting }
+            Status { record, state, health: None, live: None, restarting, unresponsive: false }
         };
         if !self.found.alive {
             return told(self.left(), false);
@@ -162,7 +164,7 @@ impl<'a> Control<'a> {
         match timeout(ANSWER, self.client.get::<Container>(&self.path())).await {
             Ok(Ok(live)) => {
                 let (state, health) = (live.state.clone(), live.health.clone());
-                Status { record: self.found.record.clone(), state, health, live: Some(live), restarting: false }
+                Status { health, live: Some(live), ..told(state, false) }
             }
             answer => {
                 if let Some(end) = self.ended() {
@@ -177,7 +179,8 @@ impl<'a> Control<'a> {
                     return told(being(ContainerStatus::Creating), false);
                 }
                 let error = Some("its monitor does not answer".to_owned());
-                told(ContainerState { error, ..being(ContainerStatus::Running) }, false)
+                let state = ContainerState { error, ..being(ContainerStatus::Running) };
+                Status { unresponsive: true, ..told(state, false) }
             }
         }
     }

@@ -4,7 +4,7 @@
 //! - [`request`]: what a user asks for, word by word; [`env_file`], [`capability`] and [`size`] read parts of it.
 //! - [`merge`]: who wins where an image's configuration and a request differ.
 //! - [`spec`]: the document that a monitor is started with.
-//! - [`health`]: the health check of an image.
+//! - [`health`]: the health check of a container, its image's or one that was asked for.
 //! - [`paths`], [`record`], [`state`], [`launch`]: where everything is, what is kept of a container, and its monitor.
 //! - [`lock`], [`holders`]: whether a container lives, and ending the processes that it lives in.
 //! - [`attach`], [`signals`], [`terminal`], [`timeline`]: being a process's front end.

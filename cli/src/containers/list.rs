@@ -5,7 +5,6 @@ use std::mem::discriminant;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
-use api::client::SOCKET;
 use api::model::{ContainerStatus, HealthState};
 use clap::ValueEnum;
 use image::Reference;
@@ -92,14 +91,9 @@ pub fn ps(args: &Ps) -> anyhow::Result<u8> {
 }
 
 async fn ask(root: Arc<RunRoot>, found: Found) -> Asked {
-    if let Some(status) = between(&found) {
-        return Asked { status, state: State::Restarting };
-    }
-    // One whose socket is not there yet is only being made.
-    let has_monitor = found.alive && found.folder.join(SOCKET).exists();
     let status = Control::new(&root, found).status().await;
     let state = match status.state.status {
-        ContainerStatus::Creating if has_monitor && status.live.is_none() => State::Unresponsive,
+        _ if status.unresponsive => State::Unresponsive,
         ContainerStatus::Creating => State::Creating,
         ContainerStatus::Created => State::Created,
         ContainerStatus::Starting => State::Starting,
@@ -109,14 +103,6 @@ async fn ask(root: Arc<RunRoot>, found: Found) -> Asked {
         ContainerStatus::Exited => State::Exited,
     };
     Asked { status, state }
-}
-
-/// A container between two VMs. Its socket is its supervisor's then: a question would wait for the next one. The record of
-/// how it ended is there until that begins.
-fn between(found: &Found) -> Option<Status> {
-    let record = found.alive.then_some(&found.record).filter(|record| record.restart.is_some())?;
-    let end = api::record::read(&found.folder).ok()?.filter(|end| !end.stopped)?;
-    Some(Status { record: record.clone(), state: end.state, health: None, live: None, restarting: true })
 }
 
 fn shown(rows: &[Row], whole: bool, id: impl Fn(&Row) -> String) -> String {
