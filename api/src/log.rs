@@ -6,10 +6,11 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use chrono::{DateTime, SecondsFormat, Utc};
+use rustix::fs::OFlags;
 
 use crate::model::StreamKind;
 
@@ -31,6 +32,10 @@ pub struct LogWriter {
     file_max: u64,
     /// An entry after another, to be written at once.
     entries: Vec<u8>,
+    /// Whether the file ends within an entry, as a crash or a full disk leaves it.
+    torn: bool,
+    /// How many bytes of output were lost since the last entry.
+    lost: u64,
 }
 
 impl LogWriter {
@@ -45,27 +50,44 @@ impl LogWriter {
     fn with_limit(folder: &Path, file_max: u64) -> io::Result<Self> {
         let file = open(folder)?;
         let size = file.metadata()?.len();
-        Ok(Self { folder: folder.to_owned(), file, size, file_max, entries: Vec::new() })
+        // Whether what was there before ends as it should does not matter: an empty line is none of ours.
+        let (folder, torn) = (folder.to_owned(), size > 0);
+        Ok(Self { folder, file, size, file_max, entries: Vec::new(), torn, lost: 0 })
     }
 
     /// Adds what a stream brought.
     ///
     /// # Errors
-    /// What the system says, for example that the disk is full; the entry is lost then, and later ones may not be.
+    /// What the system says, for example that the disk is full; the entry is lost then, and a later one says so.
     pub fn write(&mut self, stream: StreamKind, bytes: &[u8]) -> io::Result<()> {
         let time = Utc::now().to_rfc3339_opts(SecondsFormat::Nanos, true);
-        let name = name(stream);
         self.entries.clear();
+        if self.torn {
+            self.entries.push(b'\n');
+        }
+        // Writing to memory does not fail.
+        if self.lost > 0 {
+            let _ = writeln!(self.entries, "{time} stderr F [{} bytes of output could not be logged]", self.lost);
+        }
+        let name = name(stream);
         for line in bytes.split_inclusive(|byte| *byte == b'\n') {
             let (tag, text) = match line.strip_suffix(b"\n") {
                 Some(text) => ('F', text),
                 None => ('P', line),
             };
-            // Writing to memory does not fail.
             let _ = write!(self.entries, "{time} {name} {tag} ");
             self.entries.extend_from_slice(text);
             self.entries.push(b'\n');
         }
+        let written = self.write_entries();
+        match written {
+            Ok(()) => (self.torn, self.lost) = (false, 0),
+            Err(_) => (self.torn, self.lost) = (true, self.lost + bytes.len() as u64),
+        }
+        written
+    }
+
+    fn write_entries(&mut self) -> io::Result<()> {
         if self.size > 0 && self.size + self.entries.len() as u64 > self.file_max {
             self.rotate()?;
         }
@@ -75,15 +97,29 @@ impl LogWriter {
     }
 
     fn rotate(&mut self) -> io::Result<()> {
-        fs::rename(self.folder.join(CURRENT), self.folder.join(PREVIOUS))?;
+        match fs::rename(self.folder.join(CURRENT), self.folder.join(PREVIOUS)) {
+            // An earlier rotation got as far as this.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            renamed => renamed?,
+        }
         self.file = open(&self.folder)?;
         self.size = 0;
         Ok(())
     }
 }
 
+/// Opens the newest file, which whoever owns the folder may have made anything: nothing that leads elsewhere or waits.
 fn open(folder: &Path) -> io::Result<File> {
-    OpenOptions::new().append(true).create(true).mode(0o600).open(folder.join(CURRENT))
+    let path = folder.join(CURRENT);
+    regular(OpenOptions::new().append(true).create(true).mode(0o600).custom_flags(careful()).open(path)?)
+}
+
+fn careful() -> i32 {
+    (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed()
+}
+
+fn regular(file: File) -> io::Result<File> {
+    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("the log is no regular file")) }
 }
 
 fn name(stream: StreamKind) -> &'static str {
@@ -238,7 +274,7 @@ impl LogReader {
 
     fn line(&mut self) -> io::Result<Option<Vec<u8>>> {
         loop {
-            if self.file.is_none() && !self.open_next()? {
+            if self.file.is_none() && !self.open_after(None)? {
                 return Ok(None);
             }
             let Some(file) = &mut self.file else { return Ok(None) };
@@ -256,20 +292,27 @@ impl LogReader {
             if self.in_current && !self.was_rotated()? {
                 return Ok(None);
             }
-            self.file = None;
-            self.in_current = true;
             self.partial.clear();
+            // It is held open until the next one was chosen, so that no other file can look like it.
+            if let Some(read) = self.file.take()
+                && !self.open_after(Some(identity(&read.get_ref().metadata()?)))?
+            {
+                self.file = Some(read);
+                return Ok(None);
+            }
         }
     }
 
-    fn open_next(&mut self) -> io::Result<bool> {
-        let names: &[(&str, bool)] =
-            if self.in_current { &[(CURRENT, true)] } else { &[(PREVIOUS, false), (CURRENT, true)] };
-        for (name, current) in names {
-            match File::open(self.folder.join(name)) {
+    /// Opens the file that follows the one that was read: what was rotated since then, or else the newest one.
+    fn open_after(&mut self, read: Option<(u64, u64)>) -> io::Result<bool> {
+        for (name, current) in [(PREVIOUS, false), (CURRENT, true)] {
+            match OpenOptions::new().read(true).custom_flags(careful()).open(self.folder.join(name)) {
                 Ok(file) => {
-                    (self.file, self.in_current) = (Some(BufReader::new(file)), *current);
-                    return Ok(true);
+                    let file = regular(file)?;
+                    if Some(identity(&file.metadata()?)) != read {
+                        (self.file, self.in_current) = (Some(BufReader::new(file)), current);
+                        return Ok(true);
+                    }
                 }
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(error),
@@ -280,15 +323,19 @@ impl LogReader {
 
     /// Whether the file that is read is not the newest one any more.
     fn was_rotated(&self) -> io::Result<bool> {
-        use std::os::unix::fs::MetadataExt;
         let Some(file) = &self.file else { return Ok(false) };
         let ours = file.get_ref().metadata()?;
-        match fs::metadata(self.folder.join(CURRENT)) {
-            Ok(current) => Ok((current.dev(), current.ino()) != (ours.dev(), ours.ino())),
+        match fs::symlink_metadata(self.folder.join(CURRENT)) {
+            Ok(current) => Ok(identity(&current) != identity(&ours)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(error) => Err(error),
         }
     }
+}
+
+/// What tells a file from all others that are there at the same time: its device and its inode.
+fn identity(metadata: &fs::Metadata) -> (u64, u64) {
+    (metadata.dev(), metadata.ino())
 }
 
 #[cfg(test)]
@@ -349,6 +396,47 @@ mod tests {
         assert!(entry.begins && entry.text == b"typed");
         log.write(StreamKind::Stdout, b"!\n").unwrap();
         assert!(!reader.next().unwrap().unwrap().begins);
+    }
+
+    #[test]
+    fn what_a_crash_left_harms_no_later_entry() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join(CURRENT), b"2026-01-01T00:00:00Z stdout F torn").unwrap();
+        let mut log = LogWriter::open(folder.path()).unwrap();
+        log.write(StreamKind::Stdout, b"later\n").unwrap();
+        assert_eq!(read(folder.path(), Selection::default()), b"torn\nlater\n");
+        // A rotation that got half way.
+        fs::rename(folder.path().join(CURRENT), folder.path().join(PREVIOUS)).unwrap();
+        log.rotate().unwrap();
+        log.lost = 7;
+        log.write(StreamKind::Stdout, b"last\n").unwrap();
+        let text = read(folder.path(), Selection::default());
+        assert_eq!(text, b"torn\nlater\n[7 bytes of output could not be logged]\nlast\n");
+    }
+
+    #[test]
+    fn who_follows_misses_nothing_that_is_still_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut log = LogWriter::open(folder.path()).unwrap();
+        let mut reader = LogReader::open(folder.path(), Selection::default()).unwrap();
+        let text = |reader: &mut LogReader| -> Vec<u8> {
+            std::iter::from_fn(|| reader.next().unwrap()).flat_map(|entry| entry.text).collect()
+        };
+        log.write(StreamKind::Stdout, b"one\n").unwrap();
+        assert_eq!(text(&mut reader), b"one\n");
+        for line in ["two\n", "three\n", "four\n"] {
+            log.rotate().unwrap();
+            log.write(StreamKind::Stdout, line.as_bytes()).unwrap();
+        }
+        assert_eq!(text(&mut reader), b"three\nfour\n");
+        assert_eq!(text(&mut reader), b"");
+    }
+
+    #[test]
+    fn what_is_no_file_is_no_log() {
+        let folder = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/dev/null", folder.path().join(CURRENT)).unwrap();
+        assert!(LogWriter::open(folder.path()).is_err());
     }
 
     #[test]

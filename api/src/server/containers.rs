@@ -408,9 +408,9 @@ pub(super) struct LogQuery {
     follow: bool,
     /// Only entries of this time or later, in nanoseconds since 1970.
     since_ns: u64,
-    /// Only so many of the last entries.
+    /// Only so many of the last lines.
     tail: Option<usize>,
-    /// Whether each entry begins with its time.
+    /// Whether each line begins with its time.
     timestamps: bool,
 }
 

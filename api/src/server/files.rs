@@ -140,22 +140,29 @@ pub(super) async fn copy_in(
     let mut answer = context.guest.send(Call::CopyIn { container: id, path, port: offer.port })?;
     let context = &context;
     let copy = async move {
-        let mut pieces = body.into_data_stream().map_err(io::Error::other);
+        let mut pieces = body.into_data_stream().map_err(|error| {
+            Problem::new(ProblemKind::InvalidRequest, format!("the archive did not arrive whole: {error}"))
+        });
+        let mut taken = true;
         while let Some(piece) = pieces.try_next().await? {
-            moved(context, stream.write_all(&piece)).await?;
+            // A guest that takes no more says in its answer whether that was the end of the archive.
+            taken = taken && moved(context, stream.write_all(&piece)).await.is_ok();
         }
-        stream.shutdown().await
+        let _ = stream.shutdown().await;
+        Ok::<_, Problem>(())
     };
-    // A guest that takes no more says why in its answer, which counts; a client that breaks off gets none.
-    let copied = tokio::select! {
+    tokio::pin!(copy);
+    let early = tokio::select! {
         biased;
-        copied = copy => copied,
-        early = answer.early() => return early.and_then(|_| Err(unfit())),
+        copied = &mut copy => copied.map(|()| None)?,
+        early = answer.early() => Some(early?),
     };
-    answer.answer().await.and_then(done)?;
-    copied.map_err(|error| {
-        Problem::new(ProblemKind::InvalidRequest, format!("the archive did not arrive whole: {error}"))
-    })?;
+    let answer = match early {
+        // What follows the end of the archive is nobody's.
+        Some(answer) => copy.await.map(|()| answer)?,
+        None => answer.answer().await?,
+    };
+    done(answer)?;
     Ok(StatusCode::NO_CONTENT)
 }
 

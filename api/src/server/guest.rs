@@ -180,7 +180,7 @@ fn too_many() -> Problem {
 }
 
 fn gone() -> Problem {
-    Problem::new(ProblemKind::GuestFailed, "the guest has ended")
+    Problem::new(ProblemKind::GuestEnded, "the guest has ended")
 }
 
 /// What the agent reports by itself.

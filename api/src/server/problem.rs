@@ -49,8 +49,10 @@ pub enum ProblemKind {
     CommandNotExecutable,
     /// The guest refused.
     GuestRefused,
-    /// The guest broke the rules of its conversation, or ended.
+    /// The guest does not keep to the rules of its conversation.
     GuestFailed,
+    /// The guest has ended.
+    GuestEnded,
     /// The guest did not answer in time. It can still be killed.
     GuestTimeout,
     /// Too much is under way: try again later.
@@ -67,7 +69,7 @@ impl ProblemKind {
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::AlreadyExists | Self::WrongState => StatusCode::CONFLICT,
             Self::GuestRefused => StatusCode::UNPROCESSABLE_ENTITY,
-            Self::GuestFailed => StatusCode::BAD_GATEWAY,
+            Self::GuestFailed | Self::GuestEnded => StatusCode::BAD_GATEWAY,
             Self::GuestTimeout => StatusCode::GATEWAY_TIMEOUT,
             Self::TooManyRequests => StatusCode::TOO_MANY_REQUESTS,
             Self::MonitorFailed => StatusCode::INTERNAL_SERVER_ERROR,
@@ -87,6 +89,7 @@ impl ProblemKind {
             Self::CommandNotExecutable => "command not executable",
             Self::GuestRefused => "the guest refused",
             Self::GuestFailed => "the guest failed",
+            Self::GuestEnded => "the guest has ended",
             Self::GuestTimeout => "the guest did not answer in time",
             Self::TooManyRequests => "too many requests",
             Self::MonitorFailed => "the monitor failed",

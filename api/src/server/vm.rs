@@ -266,7 +266,7 @@ impl State {
     fn failed(&mut self, id: &str, problem: &Problem) {
         let Some(entry) = self.containers.get_mut(id) else { return };
         // What the end of the guest means is said for all containers at once, with its cause.
-        if entry.state.status == ContainerStatus::Exited || problem.kind == ProblemKind::GuestFailed {
+        if entry.state.status == ContainerStatus::Exited || problem.kind == ProblemKind::GuestEnded {
             return;
         }
         entry.state.status = ContainerStatus::Exited;
