@@ -7,6 +7,7 @@ pub mod images;
 pub mod layer;
 pub mod layout;
 pub mod process;
+pub mod proxy;
 pub mod pty;
 pub mod registry;
 pub mod sandbox;
@@ -17,6 +18,8 @@ pub const FOLDER_VARIABLE: &str = "COFFERDAM_E2E";
 pub const PROGRAMS_VARIABLE: &str = "COFFERDAM_BIN";
 /// Names the program of an agent that means harm.
 pub const HOSTILE_VARIABLE: &str = "COFFERDAM_HOSTILE_AGENT";
+/// Names the program of schemathesis.
+pub const SCHEMATHESIS_VARIABLE: &str = "COFFERDAM_SCHEMATHESIS";
 /// In the prepared folder: a store that holds all images already.
 pub const STORE: &str = "store";
 /// In the prepared folder: the storage of a registry that holds all images.

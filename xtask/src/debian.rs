@@ -19,8 +19,18 @@ pub const KERNEL_SOURCE_PACKAGE: &str = "linux-source-6.12";
 const LAB_PACKAGES: &[&str] = &["busybox-static", "kmod", "qemu-system-x86", "util-linux", "xz-utils"];
 
 /// What the end-to-end tests and the demo take their images, registry and reference runtimes from.
-const TEST_PACKAGES: &[&str] =
-    &["crun", "curl", "docker-registry", "e2fsprogs", "erofs-utils", "jq", "mmdebstrap", "python3", "runc"];
+const TEST_PACKAGES: &[&str] = &[
+    "crun",
+    "curl",
+    "docker-registry",
+    "e2fsprogs",
+    "erofs-utils",
+    "jq",
+    "mmdebstrap",
+    "python3",
+    "python3-venv",
+    "runc",
+];
 
 /// Installs every Debian package that building, testing and the demo need; does nothing when all are there.
 pub fn setup() -> Result<()> {

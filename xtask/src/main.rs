@@ -12,6 +12,7 @@ mod images;
 mod kernel;
 mod lab;
 mod paths;
+mod schemathesis;
 mod test;
 mod tidy;
 

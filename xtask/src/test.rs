@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::build::cargo;
 use crate::command::run;
 use crate::lab::{self, LabArgs};
-use crate::{build, debian, demo, images, paths, tidy};
+use crate::{build, debian, demo, images, paths, schemathesis, tidy};
 
 /// The package whose tests boot guests.
 const E2E_PACKAGE: &str = "tests";
@@ -68,6 +68,10 @@ pub fn e2e(filters: &[OsString]) -> Result<ExitCode> {
     let programs = step("end-to-end tests: compile", e2e_programs)?;
     let mut environment = step("end-to-end tests: images", images::environment)?;
     environment.push((tests::HOSTILE_VARIABLE.into(), step("end-to-end tests: hostile agent", hostile_agent)?.into()));
+    environment.push((
+        tests::SCHEMATHESIS_VARIABLE.into(),
+        step("end-to-end tests: schemathesis", schemathesis::program)?.into(),
+    ));
     let here = demo::kvm_runs_guests();
     if !here {
         eprintln!("test: /dev/kvm on this host cannot run guests: running the end-to-end tests in the lab");
