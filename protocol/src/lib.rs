@@ -163,15 +163,16 @@ pub enum FromAgent {
         /// What became of it.
         result: Result<Answer, Failure>,
     },
-    /// A container's first process ended, all its other processes are gone, and its output was written. A container
-    /// whose `Create` or `Start` failed is gone with that reply, and this does not follow.
+    /// A container's first process ended, and all its other processes are gone. Output that the host has not taken yet goes
+    /// on arriving until its stream ends. A container whose `Create` or `Start` failed is gone with that reply, and this
+    /// does not follow.
     Exited {
         /// The container's id.
         container: String,
         /// How it ended.
         status: ExitStatus,
     },
-    /// A process that [`Call::Exec`] executed ended, and its output was written. Comes before the container's
+    /// A process that [`Call::Exec`] executed ended; for its output, see there. Comes before the container's
     /// [`FromAgent::Exited`].
     ProcessExited {
         /// The container's id.

@@ -227,7 +227,8 @@ fn wait(events: &mut EventManager<Subscriber>, ended: &Receiver<End>) -> Result<
 /// Confines the calling thread, or ends the process: nothing of the guest is handled by a thread that is not.
 pub(crate) fn confine(kind: jailer::Thread) {
     if let Err(error) = jailer::thread(kind) {
-        eprintln!("error: {}", chain(&error));
+        // The disk behind it may be full.
+        let _ = writeln!(io::stderr(), "error: {}", chain(&error));
         std::process::exit(api::control::EXIT_FAILED.into());
     }
 }
@@ -274,7 +275,7 @@ impl server::Machine for Handle {
     }
 }
 
-/// The folder that the end of a container is recorded in, when even the start failed.
+/// Records in a container's folder that it ended before it could begin, or that nobody could serve it any more.
 pub fn record_failure(folder: &Path, error: &str) {
     let state = api::model::ContainerState {
         status: api::model::ContainerStatus::Exited,

@@ -4,7 +4,7 @@
 //!          Ready           go            execve
 //!   SettingUp ----> Ready ----> Told --------------> Executed
 //!       |             |           |                     |
-//!       +-------------+-----------+---------------------+----> ended: reaped, its output was written
+//!       +-------------+-----------+---------------------+----> ended: reaped
 //! ```
 //! One that ends before it has executed its program says why ([`Child::reason`]), unless it was killed.
 

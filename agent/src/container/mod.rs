@@ -7,9 +7,9 @@
 //!                       v                   v                     v              v
 //!                Create is refused       Exited           Start is refused    Exited
 //! ```
-//! Whatever the phase, a container ends in the same way: its first process was reaped, its cgroup is empty, its further
-//! processes were reported and its output has been written. A request that still waits then is refused; otherwise the
-//! host hears [`FromAgent::Exited`].
+//! Whatever the phase, a container ends in the same way: its first process was reaped, its cgroup is empty and its further
+//! processes were reported. A request that still waits then is refused; otherwise the host hears [`FromAgent::Exited`].
+//! Output that the host has not taken yet is left to the agent, which goes on writing it.
 
 mod calls;
 mod cgroup;

@@ -228,7 +228,7 @@ pub struct TopProcess {
     pub parent_pid: u32,
     /// Its user's number.
     pub uid: u32,
-    /// How long ago it began, in microseconds of guest time since boot.
+    /// When it began, in microseconds since the guest booted.
     pub started_us: u64,
     /// CPU time in microseconds.
     pub cpu_us: u64,
