@@ -18,6 +18,8 @@ pub const FOLDER_VARIABLE: &str = "COFFERDAM_E2E";
 pub const PROGRAMS_VARIABLE: &str = "COFFERDAM_BIN";
 /// Names the program of an agent that means harm.
 pub const HOSTILE_VARIABLE: &str = "COFFERDAM_HOSTILE_AGENT";
+/// Says how many rounds a soak has.
+pub const SOAK_VARIABLE: &str = "COFFERDAM_SOAK";
 /// Names the program of schemathesis.
 pub const SCHEMATHESIS_VARIABLE: &str = "COFFERDAM_SCHEMATHESIS";
 /// In the prepared folder: a store that holds all images already.

@@ -15,6 +15,7 @@ mod life;
 mod limits;
 mod programs;
 mod signals;
+mod soak;
 mod state;
 mod streams;
 mod terminal;
