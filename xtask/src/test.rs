@@ -17,6 +17,8 @@ use crate::{build, debian, demo, images, paths, schemathesis, tidy};
 const E2E_PACKAGE: &str = "tests";
 /// How long those may take in the lab, in seconds.
 const E2E_LIMIT: u32 = 2100;
+/// How often they are begun there, when the lab's machine dies.
+const LAB_ATTEMPTS: u32 = 3;
 /// What runs all of them there.
 const LAB_SCRIPT: &str = include_str!("e2e.sh");
 /// The lab's memory for them, in MiB: guests, their images, and every file written.
@@ -104,10 +106,13 @@ pub fn e2e(filters: &[OsString]) -> Result<ExitCode> {
             lab::run(&LabArgs { timeout: E2E_LIMIT, mem: E2E_MEMORY, folder: Some(folder.clone()), ..args })
         };
         // A test that fails is an exit code. A machine that dies is the emulator's doing (docs/STATUS.md): once more.
-        let ended = in_lab().or_else(|error| {
+        let mut ended = in_lab();
+        for _ in 1..LAB_ATTEMPTS {
+            let Err(error) = &ended else { break };
             eprintln!("test: the lab failed, not a test: {error:#}; running the end-to-end tests once more");
-            in_lab()
-        })?;
+            ended = in_lab();
+        }
+        let ended = ended?;
         if ended != ExitCode::SUCCESS {
             code = ended;
         }

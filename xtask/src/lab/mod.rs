@@ -35,8 +35,8 @@ pub use relay::relay;
 
 use machine::{Machine, Session};
 
-/// The emulated CPU. KVM uses a virtual global interrupt flag when there is one, and QEMU 7.2 then lets interrupts through on
-/// the way out of a guest, before the kernel has its own segment registers back: its stack runs over within minutes.
+/// The emulated CPU. KVM uses a virtual global interrupt flag when there is one; with it the lab's kernel ran into the guard
+/// page of its stack within two minutes (two of two, without XSAVE), without it in one of five longer runs (docs/STATUS.md).
 const CPU: &str = "max,+svm,+npt,-vgif,-v-vmsave-vmload";
 
 /// The exit code when the time limit ended the command, as `timeout(1)` has it.
