@@ -138,8 +138,13 @@ impl Record {
 
     /// The beginning of its id, as people are shown it.
     pub fn short_id(&self) -> &str {
-        self.id.get(..12).unwrap_or(&self.id)
+        short_id(&self.id)
     }
+}
+
+/// The beginning of a container's id, as people are shown it.
+pub fn short_id(id: &str) -> &str {
+    id.get(..12).unwrap_or(id)
 }
 
 #[cfg(test)]

@@ -152,7 +152,7 @@ pub(super) async fn wait(
     let ended = context.vm.until(|state| {
         let found = state.container(&id).and_then(|entry| entry.process(&process));
         match found {
-            Ok(found) if found.shown.state == ProcessState::Exited && !found.draining => Some(Ok(found.shown.clone())),
+            Ok(found) if found.is_over() => Some(Ok(found.shown.clone())),
             Ok(_) => None,
             Err(problem) => Some(Err(problem)),
         }

@@ -422,6 +422,13 @@ impl Process {
     }
 }
 
+impl ProcessEntry {
+    /// Whether it has ended and its output has arrived.
+    pub fn is_over(&self) -> bool {
+        self.shown.state == ProcessState::Exited && !self.draining
+    }
+}
+
 impl Entry {
     /// What is told of it.
     pub fn shown(&self) -> Container {

@@ -9,6 +9,7 @@ use api::model::{ContainerStatus, HealthState};
 use clap::ValueEnum;
 use image::Reference;
 use runtime::control::{Control, Status};
+use runtime::record::short_id;
 use runtime::state::{Found, RunRoot};
 use runtime::timeline::wall_clock_ns;
 use serde::Serialize;
@@ -80,7 +81,7 @@ pub fn ps(args: &Ps) -> anyhow::Result<u8> {
         }
         anyhow::Ok(rows)
     })?;
-    let id = |row: &Row| if args.no_trunc { row.id.clone() } else { row.id.chars().take(12).collect() };
+    let id = |row: &Row| if args.no_trunc { row.id.clone() } else { short_id(&row.id).to_owned() };
     let text = if args.quiet {
         rows.iter().map(|row| id(row) + "\n").collect()
     } else {
@@ -111,7 +112,7 @@ fn shown(rows: &[Row], whole: bool, id: impl Fn(&Row) -> String) -> String {
         .iter()
         .map(|row| {
             let command = if whole { row.command.clone() } else { shorten(&row.command) };
-            let name = row.name.clone().unwrap_or_else(|| row.id.chars().take(12).collect());
+            let name = row.name.clone().unwrap_or_else(|| short_id(&row.id).to_owned());
             let created = table::ago(now.saturating_sub(row.created_ns) / 1_000_000_000);
             [
                 id(row),

@@ -138,7 +138,7 @@ fn shown(rows: &[Row]) -> String {
         .iter()
         .map(|row| {
             [
-                row.id.chars().take(12).collect(),
+                runtime::record::short_id(&row.id).to_owned(),
                 row.name.clone(),
                 percent(row.cpu_percent),
                 format!("{} / {}", bytes(row.memory_bytes), bytes(row.memory_limit_bytes)),
