@@ -35,8 +35,8 @@ pub use relay::relay;
 
 use machine::{Machine, Session};
 
-/// The emulated CPU. KVM uses a virtual global interrupt flag when there is one; with it the lab's kernel ran into the guard
-/// page of its stack within two minutes (two of two, without XSAVE), without it in one of five longer runs (docs/STATUS.md).
+/// The emulated CPU. Without a virtual global interrupt flag, which KVM uses when there is one, since the lab's kernel died
+/// quickly with it in one setting; what that does and does not show is in docs/STATUS.md.
 const CPU: &str = "max,+svm,+npt,-vgif,-v-vmsave-vmload";
 
 /// The exit code when the time limit ended the command, as `timeout(1)` has it.
