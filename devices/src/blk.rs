@@ -155,7 +155,7 @@ impl VirtioDevice for Blk {
         virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK
     }
 
-    fn queue_sizes(&self) -> &'static [u16] {
+    fn queue_sizes(&self) -> &[u16] {
         &QUEUE_SIZES
     }
 
@@ -171,7 +171,7 @@ impl VirtioDevice for Blk {
     fn start(&mut self, _: u64) {}
 
     fn process(&mut self, resources: Resources<'_>, _: Event) -> Result<(), Broken> {
-        let Resources { memory, queues: [queue] } = resources else { return Ok(()) };
+        let Resources { memory, queues: [queue], .. } = resources else { return Ok(()) };
         queue.for_each(memory, |chain| self.serve(memory, chain).map_err(|reason| Broken::Chain { queue: 0, reason }))
     }
 

@@ -98,7 +98,7 @@ impl VirtioDevice for Console {
         virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE
     }
 
-    fn queue_sizes(&self) -> &'static [u16] {
+    fn queue_sizes(&self) -> &[u16] {
         &QUEUE_SIZES
     }
 
@@ -112,7 +112,7 @@ impl VirtioDevice for Console {
         if event != Event::Queue(TRANSMIT as u16) {
             return Ok(());
         }
-        let Resources { memory, queues } = resources;
+        let Resources { memory, queues, .. } = resources;
         let Some(queue) = queues.get_mut(TRANSMIT) else { return Ok(()) };
         queue.for_each(memory, |chain| {
             let Ok(reader) = chain.reader(memory) else { return Ok(0) };

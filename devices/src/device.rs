@@ -38,8 +38,26 @@ pub enum Broken {
 pub enum Event {
     /// The driver made buffers of this queue available.
     Queue(u16),
-    /// A descriptor that the device watches ([`VirtioDevice::watched`]) is ready.
-    Backend,
+    /// The descriptor at this position of what the device watches ([`VirtioDevice::watched`]) is ready.
+    Backend(usize),
+}
+
+/// A descriptor that a device hears of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Watch {
+    /// The descriptor; it stays open as long as the device lives.
+    pub descriptor: RawFd,
+    /// When the device hears of it.
+    pub trigger: Trigger,
+}
+
+/// When a device hears of a descriptor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trigger {
+    /// As long as it is readable.
+    Readable,
+    /// Each time that it becomes readable or writable: for one that may stay ready while the driver has no buffers.
+    Edge,
 }
 
 /// What a device works with while it is called.
@@ -48,6 +66,8 @@ pub struct Resources<'a> {
     pub memory: &'a GuestMemory,
     /// The device's queues, ready to use.
     pub queues: &'a mut [VirtQueue],
+    /// Set by the device when its configuration space reads differently than before: the transport tells the driver.
+    pub configuration_changed: &'a mut bool,
 }
 
 /// A virtio device.
@@ -56,7 +76,7 @@ pub trait VirtioDevice: Send {
     fn device_type(&self) -> u32;
 
     /// The largest size of each queue: powers of two.
-    fn queue_sizes(&self) -> &'static [u16];
+    fn queue_sizes(&self) -> &[u16];
 
     /// The device's own feature bits. The transport adds those of the ring and of virtio 1.
     fn features(&self) -> u64 {
@@ -65,6 +85,10 @@ pub trait VirtioDevice: Send {
 
     /// Reads the device configuration space at `offset`. `data` is 1, 2, 4 or 8 bytes; what lies outside reads as zero.
     fn read_config(&self, offset: usize, data: &mut [u8]);
+
+    /// Takes a write of the device configuration space at `offset`, by a driver that the device knows. `data` is 1, 2, 4 or
+    /// 8 bytes; what does not fit a writable field of its size is ignored.
+    fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
 
     /// The driver is ready and acknowledged `features` (VIRTIO 1.2 §3.1.1 step 8).
     fn start(&mut self, features: u64);
@@ -78,9 +102,15 @@ pub trait VirtioDevice: Send {
     /// Forgets everything that the driver set up. Must be idempotent, and leave the device as it was when new.
     fn reset(&mut self);
 
-    /// The descriptor whose readiness is [`Event::Backend`]; asked once, when the device joins the event loop.
-    fn watched(&self) -> Option<RawFd> {
-        None
+    /// The descriptors whose readiness is [`Event::Backend`]; asked once, when the device joins the event loop.
+    fn watched(&self) -> Vec<Watch> {
+        Vec::new()
+    }
+
+    /// What the device has counted since it was made, by name: `snake_case`, with the unit last (`read_bytes`). The
+    /// transport adds what it counts itself.
+    fn metrics(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
     }
 
     /// Delivers what the guest already handed over, waiting for slow receivers: called once, after the last vCPU stopped.

@@ -6,6 +6,7 @@
 //! - [`mmio`]: the virtio-mmio transport; owns the queues and drives the device from the event loop.
 //! - [`blk`], [`console`], [`rng`], [`vsock`]: one device a file or folder, each in the same order: what it is, its
 //!   limits, its errors, the device, its request processing, its tests.
+//! - [`limit`]: token buckets for devices that move data.
 //! - [`serial`]: an early-boot aid, not a virtio device.
 //!
 //! # Trust
@@ -17,6 +18,7 @@ pub mod blk;
 pub mod console;
 pub mod device;
 pub mod guest_io;
+pub mod limit;
 pub mod mmio;
 pub mod queue;
 pub mod rng;

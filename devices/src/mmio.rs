@@ -23,7 +23,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::QueueT;
 
 use crate::GuestMemory;
-use crate::device::{Broken, Event, Resources, VirtioDevice};
+use crate::device::{Broken, Event, Resources, Trigger, VirtioDevice};
 use crate::queue::{Interrupt, VirtQueue};
 
 /// The size of a device's register window in bytes.
@@ -35,8 +35,8 @@ const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"CFDM");
 const CONFIGURATION_SPACE: u64 = 0x100;
-/// The event's data for the device's own descriptor; queues have their index.
-const BACKEND: u32 = u32::MAX;
+/// The event's data for the first of the device's own descriptors; queues have their index.
+const BACKEND: u32 = 1 << 16;
 
 const ACKNOWLEDGE: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
 const DRIVER: u32 = VIRTIO_CONFIG_S_DRIVER;
@@ -56,6 +56,17 @@ pub struct MmioDevice {
     device_features_high: bool,
     driver_features_high: bool,
     selected_queue: u32,
+    /// How often the configuration space has changed.
+    generation: u32,
+    counters: Counters,
+}
+
+/// What the transport counts.
+#[derive(Debug, Default)]
+struct Counters {
+    events: u64,
+    resets: u64,
+    broken: u64,
 }
 
 impl MmioDevice {
@@ -79,6 +90,8 @@ impl MmioDevice {
             device_features_high: false,
             driver_features_high: false,
             selected_queue: 0,
+            generation: 0,
+            counters: Counters::default(),
         })
     }
 
@@ -100,6 +113,14 @@ impl MmioDevice {
             status if status & DRIVER_OK != 0 => "ready",
             _ => "reset",
         }
+    }
+
+    /// What the device and its transport have counted, by name.
+    pub fn metrics(&self) -> Vec<(&'static str, u64)> {
+        let Counters { events, resets, broken } = self.counters;
+        let mut metrics = vec![("events", events), ("resets", resets), ("broken", broken)];
+        metrics.extend(self.device.metrics());
+        metrics
     }
 
     /// The device's interrupt.
@@ -134,10 +155,14 @@ impl MmioDevice {
         }
     }
 
-    /// Handles a write of the window at `offset`. Accesses that are not 4 bytes wide are ignored, and so are writes of
-    /// the configuration space: no device here has a writable field.
+    /// Handles a write of the window at `offset`. Accesses of a register that are not 4 bytes wide are ignored, and so are
+    /// writes of the configuration space before the driver says that it is there (§3.1.1).
     pub fn write(&mut self, offset: u64, data: &[u8]) {
-        if let (Ok(data), true) = (<[u8; 4]>::try_from(data), offset < CONFIGURATION_SPACE) {
+        if let Some(offset) = offset.checked_sub(CONFIGURATION_SPACE) {
+            if self.status & (DRIVER | NEEDS_RESET | FAILED) == DRIVER {
+                self.device.write_config(usize::try_from(offset).unwrap_or(usize::MAX), data);
+            }
+        } else if let Ok(data) = <[u8; 4]>::try_from(data) {
             self.write_register(offset, u32::from_le_bytes(data));
         }
     }
@@ -155,7 +180,7 @@ impl MmioDevice {
             0x70 => self.status,
             // SHMLenLow and SHMLenHigh: the device has no shared memory (§4.2.2.1).
             0xb0 | 0xb4 => u32::MAX,
-            // ConfigGeneration: the configuration never changes while a driver could read it.
+            0xfc => self.generation,
             _ => 0,
         }
     }
@@ -245,6 +270,7 @@ impl MmioDevice {
     }
 
     fn reset(&mut self) {
+        self.counters.resets += 1;
         self.status = 0;
         self.driver_features = 0;
         self.device_features_high = false;
@@ -273,9 +299,21 @@ impl MmioDevice {
         if self.status & DRIVER_OK == 0 || self.status & NEEDS_RESET != 0 {
             return;
         }
-        let resources = Resources { memory: &self.memory, queues: &mut self.queues };
-        if let Err(Broken::Queue { .. } | Broken::Chain { .. }) = self.device.process(resources, event) {
+        self.counters.events += 1;
+        let mut changed = false;
+        let Self { memory, queues, .. } = self;
+        let resources = Resources { memory, queues, configuration_changed: &mut changed };
+        let outcome = self.device.process(resources, event);
+        if changed {
+            // Before the interrupt: a driver that reads the space while it changes must see that it did (§4.2.2.1).
+            self.generation = self.generation.wrapping_add(1);
+        }
+        if let Err(Broken::Queue { .. } | Broken::Chain { .. }) = outcome {
+            self.counters.broken += 1;
             self.status |= NEEDS_RESET;
+            changed = true;
+        }
+        if changed {
             self.interrupt.raise(Interrupt::CONFIGURATION);
         }
     }
@@ -286,15 +324,19 @@ impl MutEventSubscriber for MmioDevice {
         for (index, queue) in (0u32..).zip(&self.queues) {
             ops.add(Events::with_data(queue.kick(), index, EventSet::IN)).expect("an eventfd can be watched");
         }
-        if let Some(watched) = self.device.watched() {
-            ops.add(Events::with_data_raw(watched, BACKEND, EventSet::IN))
+        for (index, watch) in (BACKEND..).zip(self.device.watched()) {
+            let events = match watch.trigger {
+                Trigger::Readable => EventSet::IN,
+                Trigger::Edge => EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED,
+            };
+            ops.add(Events::with_data_raw(watch.descriptor, index, events))
                 .expect("a device's descriptor can be watched");
         }
     }
 
     fn process(&mut self, events: Events, _: &mut EventOps) {
-        if events.data() == BACKEND {
-            self.dispatch(Event::Backend);
+        if let Some(index) = events.data().checked_sub(BACKEND) {
+            self.dispatch(Event::Backend(index as usize));
         } else if let Some((index, queue)) =
             (0u16..).zip(&self.queues).find(|(_, q)| q.kick().as_raw_fd() == events.fd())
         {
@@ -452,7 +494,7 @@ mod tests {
                     Step::Read(at, length) => driver.device.read(at, &mut vec![0; length]),
                     _ => {}
                 }
-                driver.device.dispatch(Event::Backend);
+                driver.device.dispatch(Event::Backend(0));
             }
         }
     }

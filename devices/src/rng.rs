@@ -23,7 +23,7 @@ impl VirtioDevice for Rng {
         virtio_bindings::virtio_ids::VIRTIO_ID_RNG
     }
 
-    fn queue_sizes(&self) -> &'static [u16] {
+    fn queue_sizes(&self) -> &[u16] {
         &QUEUE_SIZES
     }
 
@@ -34,7 +34,7 @@ impl VirtioDevice for Rng {
     fn start(&mut self, _: u64) {}
 
     fn process(&mut self, resources: Resources<'_>, _: Event) -> Result<(), Broken> {
-        let Resources { memory, queues: [queue] } = resources else { return Ok(()) };
+        let Resources { memory, queues: [queue], .. } = resources else { return Ok(()) };
         queue.for_each(memory, |chain| {
             let Ok(mut writer) = chain.writer(memory) else { return Ok(0) };
             let mut piece = [0u8; PIECE];

@@ -17,7 +17,6 @@ pub mod ports;
 mod tests;
 
 use std::io;
-use std::os::fd::RawFd;
 
 use virtio_vsock::packet::{PKT_HEADER_SIZE, VsockPacket};
 
@@ -25,7 +24,7 @@ use self::incoming::Incoming;
 use self::muxer::Muxer;
 use self::ports::HostPorts;
 use crate::GuestMemory;
-use crate::device::{Broken, Event, Resources, VirtioDevice, read_config_bytes};
+use crate::device::{Broken, Event, Resources, Trigger, VirtioDevice, Watch, read_config_bytes};
 use crate::queue::{QUEUE_SIZE_MAX, VirtQueue};
 
 /// The guest's address. Each monitor has a socket device of its own, so every guest can have the same.
@@ -88,7 +87,7 @@ impl VirtioDevice for Vsock {
         virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK
     }
 
-    fn queue_sizes(&self) -> &'static [u16] {
+    fn queue_sizes(&self) -> &[u16] {
         &QUEUE_SIZES
     }
 
@@ -99,8 +98,8 @@ impl VirtioDevice for Vsock {
     fn start(&mut self, _: u64) {}
 
     fn process(&mut self, resources: Resources<'_>, event: Event) -> Result<(), Broken> {
-        let Resources { memory, queues } = resources;
-        if event == Event::Backend {
+        let Resources { memory, queues, .. } = resources;
+        if event == Event::Backend(0) {
             self.muxer.poll();
         }
         if event == Event::Queue(TRANSMIT as u16)
@@ -123,8 +122,8 @@ impl VirtioDevice for Vsock {
         self.muxer.reset();
     }
 
-    fn watched(&self) -> Option<RawFd> {
-        Some(self.muxer.descriptor())
+    fn watched(&self) -> Vec<Watch> {
+        vec![Watch { descriptor: self.muxer.descriptor(), trigger: Trigger::Readable }]
     }
 
     fn flush(&mut self) {

@@ -106,7 +106,7 @@ impl Guest {
     /// Gives the device one buffer and takes what it puts into it.
     fn receive(&mut self) -> Option<Packet> {
         self.driver.offer(RECEIVE, &[Buffer { address: RX, length: HEADER + ROOM, writable: true }]);
-        self.driver.device.dispatch(Event::Backend);
+        self.driver.device.dispatch(Event::Backend(0));
         let used = self.driver.used(RECEIVE);
         let Some((_, length)) = used else {
             // Take the unused buffer back, for the next call to offer it again.
