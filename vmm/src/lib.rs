@@ -7,6 +7,7 @@
 //! - [`boot`]: the kernel image, the zero page, the MP table and the first registers.
 //! - [`cpuid`]: what the guest's CPUs say they are.
 //! - [`machine`]: the VM in phases: memory, devices, vCPUs.
+//! - `attach`: from the configuration to devices that are connected with the VM.
 //! - [`inherited`]: descriptors that the front end left open.
 //! - [`vcpu`]: one thread a vCPU: run, handle the exit, run.
 //! - [`pause`]: stopping vCPUs where they are.
@@ -18,6 +19,7 @@
 //! `main` runs the event loop and all devices; `vcpu N` runs guest code and handles register accesses; `api` serves the
 //! API, talks to the agent and moves the streams of containers (crate `api`). `populate` is over before the guest runs.
 
+mod attach;
 pub mod boot;
 pub mod cpuid;
 pub mod inherited;

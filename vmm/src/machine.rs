@@ -10,25 +10,20 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use api::config::{DriveConfig, DriveFile, VmConfig};
+use api::config::VmConfig;
 use devices::GuestMemory;
-use devices::blk::Blk;
-use devices::console::{Console, ConsoleOutput};
-use devices::device::VirtioDevice;
-use devices::mmio::{MmioDevice, QUEUE_NOTIFY, WINDOW};
-use devices::rng::Rng;
+use devices::console::ConsoleOutput;
 use devices::serial::Serial;
-use devices::vsock::Vsock;
 use devices::vsock::ports::HostPorts;
 use kvm_bindings::{CpuId, kvm_userspace_memory_region};
-use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use thiserror::Error;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use crate::attach;
 use crate::boot::{command_line, kernel, mp_table, registers, zero_page};
 use crate::cpuid;
-use crate::inherited;
-use crate::layout::{self, IRQ_LAST, PAGE, SERIAL_IRQ, VIRTIO, VIRTIO_IRQ};
+use crate::layout::{self, IRQ_LAST, PAGE, SERIAL_IRQ, VIRTIO_IRQ};
 use crate::memory::{self, MemoryError};
 use crate::populate;
 use crate::vcpu::Bus;
@@ -101,7 +96,7 @@ fn open_hint(error: &kvm_ioctls::Error) -> &'static str {
     }
 }
 
-fn kvm(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> MachineError {
+pub(crate) fn kvm(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> MachineError {
     move |source| MachineError::Kvm { step, source }
 }
 
@@ -137,7 +132,7 @@ pub fn build(config: &VmConfig, ports: HostPorts, echo_console: bool) -> Result<
     vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
 
     let console = ConsoleOutput::new(echo_console);
-    let devices = add_devices(config, &vm, &guest, ports, &console)?;
+    let devices = attach::devices(config, &vm, &guest, ports, &console)?;
     let serial = config.serial.then(|| Arc::new(Mutex::new(Serial::new(console.clone()))));
     describe(config, &guest, devices.len(), initramfs)?;
     let vcpus = add_vcpus(&kvm_device, &vm, &guest, config.vcpus, kernel.entry)?;
@@ -159,58 +154,6 @@ fn add_memory(vm: &VmFd, guest: &GuestMemory) -> Result<(), MachineError> {
         unsafe { vm.set_user_memory_region(slot) }.map_err(kvm("add guest memory"))?;
     }
     Ok(())
-}
-
-fn add_devices(
-    config: &VmConfig,
-    vm: &VmFd,
-    guest: &GuestMemory,
-    ports: HostPorts,
-    console: &ConsoleOutput,
-) -> Result<Vec<Arc<Mutex<MmioDevice>>>, MachineError> {
-    let failed = |device| move |source| MachineError::Device { device, source };
-    // Vsock first: the agent waits for it, and the kernel probes in this order.
-    let mut devices: Vec<(&'static str, Box<dyn VirtioDevice>)> =
-        vec![("vsock", Box::new(Vsock::new(ports).map_err(failed("vsock"))?))];
-    for (index, drive) in config.drives.iter().enumerate() {
-        let file = open_drive(drive)?;
-        let blk = Blk::new(file, drive.read_only, &format!("drive{index}")).map_err(failed("block"))?;
-        devices.push(("block", Box::new(blk)));
-    }
-    devices.push(("entropy", Box::new(Rng)));
-    devices.push(("console", Box::new(Console::new(console.clone()))));
-
-    (0u32..)
-        .zip(devices)
-        .map(|(index, (name, device))| {
-            let device = MmioDevice::new(device, guest.clone()).map_err(failed(name))?;
-            connect(vm, &device, index)?;
-            Ok(Arc::new(Mutex::new(device)))
-        })
-        .collect()
-}
-
-/// Connects a device's notifications and its interrupt with the VM.
-fn connect(vm: &VmFd, device: &MmioDevice, index: u32) -> Result<(), MachineError> {
-    let notify = IoEventAddress::Mmio(VIRTIO + u64::from(index) * WINDOW + QUEUE_NOTIFY);
-    for (number, queue) in (0u32..).zip(device.queues()) {
-        vm.register_ioevent(queue.kick(), &notify, number).map_err(kvm("connect a queue's notification"))?;
-    }
-    vm.register_irqfd(device.interrupt().line(), VIRTIO_IRQ + index).map_err(kvm("connect a device's interrupt"))
-}
-
-fn open_drive(drive: &DriveConfig) -> Result<File, MachineError> {
-    match &drive.file {
-        DriveFile::Path(path) => {
-            let opened = File::options().read(true).write(!drive.read_only).open(path);
-            opened.map_err(|source| MachineError::Open { what: "the drive", path: path.clone(), source })
-        }
-        DriveFile::Descriptor(number) => {
-            let path = || PathBuf::from(format!("/proc/self/fd/{number}"));
-            let taken = inherited::take(*number);
-            Ok(taken.map_err(|source| MachineError::Open { what: "the inherited drive", path: path(), source })?.into())
-        }
-    }
 }
 
 /// Puts what the kernel is told, and the initial RAM file system, into guest memory.

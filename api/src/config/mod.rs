@@ -2,6 +2,8 @@
 //!
 //! [`LaunchConfig::parse`] is the only way in: what it returns is within every bound stated here.
 
+mod drive;
+
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -10,14 +12,14 @@ use protocol::container::ContainerSpec;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+pub use self::drive::{DRIVES_MAX, DriveConfig, DriveFile};
+
 /// The most vCPUs a VM can have: what its CPU table has room for, and what Firecracker allows.
 pub const VCPUS_MAX: u8 = 32;
 /// The least memory in which the guest kernel and the agent come up with room for a small container.
 pub const MEMORY_MIB_MIN: u32 = 48;
 /// The most memory a VM can have: 1 TiB, far below the guest-physical limit of every CPU with hardware virtualization.
 pub const MEMORY_MIB_MAX: u32 = 1 << 20;
-/// The most block devices a VM can have.
-pub const DRIVES_MAX: usize = 16;
 /// The longest document read: a container specification holds its program's arguments and environment, 2 MiB at most.
 const DOCUMENT_MAX: u64 = 8 << 20;
 /// The longest addition to the kernel command line; x86 Linux takes 2,048 bytes in all.
@@ -98,27 +100,6 @@ pub struct VmConfig {
     /// Whether the guest gets an early serial console, for finding out why a kernel dies before its console is up.
     #[serde(default)]
     pub serial: bool,
-}
-
-/// A block device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DriveConfig {
-    /// The file behind it.
-    pub file: DriveFile,
-    /// Whether writes are refused; enforced by the monitor, whatever the guest does.
-    #[serde(default)]
-    pub read_only: bool,
-}
-
-/// How the monitor gets at the file behind a block device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DriveFile {
-    /// A path.
-    Path(PathBuf),
-    /// The number of a file descriptor that the monitor inherits.
-    Descriptor(i32),
 }
 
 fn one() -> u8 {

@@ -1,0 +1,61 @@
+//! From the configuration to devices that are connected with the VM: one file for each kind that has a backend on the host.
+
+mod drive;
+
+use std::sync::{Arc, Mutex};
+
+use api::config::VmConfig;
+use devices::GuestMemory;
+use devices::blk::Blk;
+use devices::console::{Console, ConsoleOutput};
+use devices::device::VirtioDevice;
+use devices::mmio::{MmioDevice, QUEUE_NOTIFY, WINDOW};
+use devices::rng::Rng;
+use devices::vsock::Vsock;
+use devices::vsock::ports::HostPorts;
+use kvm_ioctls::{IoEventAddress, VmFd};
+
+use crate::layout::{VIRTIO, VIRTIO_IRQ};
+use crate::machine::{MachineError, kvm};
+
+/// Makes the devices that the configuration asks for, in the order in which the guest finds them.
+///
+/// # Errors
+/// [`MachineError`] names the device or the file.
+pub(crate) fn devices(
+    config: &VmConfig,
+    vm: &VmFd,
+    guest: &GuestMemory,
+    ports: HostPorts,
+    console: &ConsoleOutput,
+) -> Result<Vec<Arc<Mutex<MmioDevice>>>, MachineError> {
+    let failed = |device| move |source| MachineError::Device { device, source };
+    // Vsock first: the agent waits for it, and the kernel probes in this order.
+    let mut devices: Vec<(&'static str, Box<dyn VirtioDevice>)> =
+        vec![("vsock", Box::new(Vsock::new(ports).map_err(failed("vsock"))?))];
+    for (index, drive) in config.drives.iter().enumerate() {
+        let file = drive::open(drive)?;
+        let blk = Blk::new(file, drive.read_only, &format!("drive{index}")).map_err(failed("block"))?;
+        devices.push(("block", Box::new(blk)));
+    }
+    devices.push(("entropy", Box::new(Rng)));
+    devices.push(("console", Box::new(Console::new(console.clone()))));
+
+    (0u32..)
+        .zip(devices)
+        .map(|(index, (name, device))| {
+            let device = MmioDevice::new(device, guest.clone()).map_err(failed(name))?;
+            connect(vm, &device, index)?;
+            Ok(Arc::new(Mutex::new(device)))
+        })
+        .collect()
+}
+
+/// Connects a device's notifications and its interrupt with the VM.
+fn connect(vm: &VmFd, device: &MmioDevice, index: u32) -> Result<(), MachineError> {
+    let notify = IoEventAddress::Mmio(VIRTIO + u64::from(index) * WINDOW + QUEUE_NOTIFY);
+    for (number, queue) in (0u32..).zip(device.queues()) {
+        vm.register_ioevent(queue.kick(), &notify, number).map_err(kvm("connect a queue's notification"))?;
+    }
+    vm.register_irqfd(device.interrupt().line(), VIRTIO_IRQ + index).map_err(kvm("connect a device's interrupt"))
+}
