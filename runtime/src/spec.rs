@@ -92,8 +92,11 @@ pub fn vm((vcpus, memory_mib): (u8, u32), kernel: PathBuf, initramfs: PathBuf, i
         command_line: String::new(),
         vcpus,
         memory_mib,
-        drives: vec![DriveConfig { file: DriveFile::Descriptor(image), read_only: true }],
+        drives: vec![DriveConfig { file: DriveFile::Descriptor(image), read_only: true, limits: None }],
         vsock: None,
+        vsock_limits: None,
+        entropy_limits: None,
+        console_limits: None,
         serial: false,
     }
 }

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::LimitsConfig;
+
 /// The most block devices a VM can have.
 pub const DRIVES_MAX: usize = 16;
 
@@ -16,6 +18,9 @@ pub struct DriveConfig {
     /// Whether writes are refused; enforced by the monitor, whatever the guest does.
     #[serde(default)]
     pub read_only: bool,
+    /// How much may be moved; discarding and zeroing count as operations.
+    #[serde(default)]
+    pub limits: Option<LimitsConfig>,
 }
 
 /// How the monitor gets at the file behind a block device.

@@ -3,6 +3,7 @@
 //! [`LaunchConfig::parse`] is the only way in: what it returns is within every bound stated here.
 
 mod drive;
+mod limits;
 
 use std::fs::File;
 use std::io::Read;
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use self::drive::{DRIVES_MAX, DriveConfig, DriveFile};
+pub use self::limits::{LimitsConfig, RateConfig};
 
 /// The most vCPUs a VM can have: what its CPU table has room for, and what Firecracker allows.
 pub const VCPUS_MAX: u8 = 32;
@@ -97,6 +99,16 @@ pub struct VmConfig {
     /// the container's own session come before it.
     #[serde(default)]
     pub vsock: Option<PathBuf>,
+    /// How much the guest may send through the socket device: packets and their data. Not what is sent to it, which waits
+    /// for the guest anyway.
+    #[serde(default)]
+    pub vsock_limits: Option<LimitsConfig>,
+    /// How much entropy the guest may take from the host.
+    #[serde(default)]
+    pub entropy_limits: Option<LimitsConfig>,
+    /// How much the guest may print on its console.
+    #[serde(default)]
+    pub console_limits: Option<LimitsConfig>,
     /// Whether the guest gets an early serial console, for finding out why a kernel dies before its console is up.
     #[serde(default)]
     pub serial: bool,
@@ -127,6 +139,22 @@ pub enum ConfigError {
     /// A number is out of its range.
     #[error("{field} is {value}: give {least} to {most}")]
     OutOfRange {
+        /// The field.
+        field: &'static str,
+        /// What it was.
+        value: u64,
+        /// The least allowed.
+        least: u64,
+        /// The most allowed.
+        most: u64,
+    },
+    /// A number in a device's limits is out of its range.
+    #[error("{tokens}.{field} of the {device} device's limits is {value}: give {least} to {most}")]
+    Limit {
+        /// The kind of device.
+        device: &'static str,
+        /// What is limited.
+        tokens: &'static str,
         /// The field.
         field: &'static str,
         /// What it was.
@@ -177,6 +205,11 @@ impl VmConfig {
         within("vcpus", self.vcpus.into(), 1, VCPUS_MAX.into())?;
         within("memory_mib", self.memory_mib.into(), MEMORY_MIB_MIN.into(), MEMORY_MIB_MAX.into())?;
         within("the number of drives", self.drives.len() as u64, 0, DRIVES_MAX as u64)?;
+        let drives = self.drives.iter().map(|drive| ("block", drive.limits));
+        let others = [("vsock", self.vsock_limits), ("entropy", self.entropy_limits), ("console", self.console_limits)];
+        for (device, limits) in drives.chain(others) {
+            limits.unwrap_or_default().check(device)?;
+        }
         within("the length of command_line", self.command_line.len() as u64, 0, COMMAND_LINE_MAX as u64)?;
         if !self.command_line.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
             return Err(ConfigError::NotPrintable { field: "command_line", value: self.command_line.clone() });
@@ -214,6 +247,17 @@ mod tests {
     fn numbers_out_of_range_are_refused_with_the_range() {
         for vm in [r#"{"kernel":"/k","memory_mib":1}"#, r#"{"kernel":"/k","memory_mib":128,"vcpus":0}"#] {
             assert!(matches!(parse(vm), Err(ConfigError::OutOfRange { .. })), "{vm}");
+        }
+    }
+
+    #[test]
+    fn limits_are_checked_wherever_they_can_be_given() {
+        let limits = r#"{"operations":{"size":0,"refill_ms":1}}"#;
+        let drive = format!(r#""drives":[{{"file":{{"descriptor":3}},"limits":{limits}}}]"#);
+        let others = ["vsock", "entropy", "console"].map(|device| format!(r#""{device}_limits":{limits}"#));
+        for (device, field) in ["block", "vsock", "entropy", "console"].iter().zip([drive].into_iter().chain(others)) {
+            let error = parse(&format!(r#"{{"kernel":"/k","memory_mib":128,{field}}}"#)).unwrap_err();
+            assert!(matches!(error, ConfigError::Limit { device: named, .. } if named == *device), "{error}");
         }
     }
 
