@@ -7,7 +7,10 @@ use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::device::{Broken, Event, Resources, VirtioDevice, read_config_bytes};
+use crate::GuestMemory;
+use crate::device::{Broken, Event, Resources, VirtioDevice, Watch, read_config_bytes};
+use crate::limit::Limiter;
+use crate::queue::{Chain, Served};
 
 /// How much of the end of the output is kept: a kernel oops with its stack is about 4 KiB.
 const TAIL_MAX: usize = 16 << 10;
@@ -84,12 +87,35 @@ impl Write for ConsoleOutput {
 #[derive(Debug)]
 pub struct Console {
     output: ConsoleOutput,
+    limiter: Option<Limiter>,
+    requests: u64,
+    bytes: u64,
+    dropped: u64,
 }
 
 impl Console {
-    /// A console that writes to `output`.
-    pub fn new(output: ConsoleOutput) -> Self {
-        Self { output }
+    /// A console that writes to `output` as much as `limiter` admits.
+    pub fn new(output: ConsoleOutput, limiter: Option<Limiter>) -> Self {
+        Self { output, limiter, requests: 0, bytes: 0, dropped: 0 }
+    }
+
+    /// Takes what the guest prints.
+    fn take(&mut self, memory: &GuestMemory, chain: Chain<'_>) {
+        self.requests += 1;
+        let Ok(reader) = chain.reader(memory) else { return };
+        let length = reader.available_bytes();
+        let mut reader = reader.take(REQUEST_MAX as u64);
+        let mut piece = [0; 512];
+        let mut taken = 0;
+        while let Ok(count @ 1..) = reader.read(&mut piece) {
+            let _ = self.output.write_all(&piece[..count]);
+            taken += count;
+        }
+        self.bytes += taken as u64;
+        self.dropped += length.saturating_sub(taken) as u64;
+        if let Some(limiter) = &mut self.limiter {
+            limiter.charge(taken as u64);
+        }
     }
 }
 
@@ -109,28 +135,50 @@ impl VirtioDevice for Console {
     fn start(&mut self, _: u64) {}
 
     fn process(&mut self, resources: Resources<'_>, event: Event) -> Result<(), Broken> {
-        if event != Event::Queue(TRANSMIT as u16) {
-            return Ok(());
+        match (event, &mut self.limiter) {
+            (Event::Queue(queue), _) if usize::from(queue) == TRANSMIT => {}
+            (Event::Backend(_), Some(limiter)) => limiter.wake(),
+            _ => return Ok(()),
         }
         let Resources { memory, queues, .. } = resources;
         let Some(queue) = queues.get_mut(TRANSMIT) else { return Ok(()) };
-        queue.for_each(memory, |chain| {
-            let Ok(reader) = chain.reader(memory) else { return Ok(0) };
-            let mut reader = reader.take(REQUEST_MAX as u64);
-            let mut piece = [0; 512];
-            while let Ok(count @ 1..) = reader.read(&mut piece) {
-                let _ = self.output.write_all(&piece[..count]);
+        queue.serve(memory, |chain| {
+            if !Limiter::admits(&mut self.limiter) {
+                return Ok(Served::Refused);
             }
-            Ok(0)
+            self.take(memory, chain);
+            Ok(Served::Used(0))
         })
     }
 
-    fn reset(&mut self) {}
+    fn reset(&mut self) {
+        self.limiter.iter_mut().for_each(Limiter::reset);
+    }
+
+    fn watched(&self) -> Vec<Watch> {
+        self.limiter.iter().map(Limiter::watch).collect()
+    }
+
+    fn metrics(&self) -> Vec<(&'static str, u64)> {
+        let Self { requests, bytes, dropped, limiter, .. } = self;
+        let throttled = limiter.as_ref().map_or(0, Limiter::throttled);
+        vec![("requests", *requests), ("output_bytes", *bytes), ("dropped_bytes", *dropped), ("throttled", throttled)]
+    }
+
+    fn hurry(&mut self) {
+        self.limiter.iter_mut().for_each(Limiter::lift);
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use vm_memory::{Bytes, GuestAddress};
+
     use super::*;
+    use crate::limit::Rate;
+    use crate::testing::{BUFFERS, Buffer, Driver};
 
     #[test]
     fn lines_are_shown_whole_and_long_ones_in_pieces() {
@@ -153,5 +201,20 @@ mod tests {
         let tail = output.tail();
         assert_eq!(tail.len(), TAIL_MAX);
         assert!(tail.ends_with(b"xxlast words"));
+    }
+
+    #[test]
+    fn a_guest_that_prints_too_much_waits_and_what_it_said_last_is_kept() {
+        let rate = Rate { size: 4, refill: Duration::from_secs(3600), burst: 0 };
+        let output = ConsoleOutput::default();
+        let console = Console::new(output.clone(), Some(Limiter::new(Some(rate), None).unwrap()));
+        let mut driver = Driver::new(Box::new(console)).start();
+        driver.memory.write_slice(b"firstlast", GuestAddress(BUFFERS)).unwrap();
+        driver.offer(TRANSMIT, &[Buffer { address: BUFFERS, length: 5, writable: false }]);
+        driver.offer(TRANSMIT, &[Buffer { address: BUFFERS + 5, length: 4, writable: false }]);
+        driver.device.dispatch(Event::Queue(1));
+        assert_eq!((output.tail(), driver.metric("throttled")), (b"first".to_vec(), 1));
+        driver.device.flush();
+        assert_eq!(output.tail(), b"firstlast");
     }
 }

@@ -113,7 +113,11 @@ pub trait VirtioDevice: Send {
         Vec::new()
     }
 
-    /// Delivers what the guest already handed over, waiting for slow receivers: called once, after the last vCPU stopped.
+    /// The guest has ended: limits of how much it may move do not hold for what it already handed over. Called once, after
+    /// the last vCPU stopped and before the queues are looked at a last time.
+    fn hurry(&mut self) {}
+
+    /// Delivers what the guest already handed over, waiting for slow receivers: called once, after [`VirtioDevice::hurry`].
     fn flush(&mut self) {}
 }
 

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::timerfd::TimerFd;
 
+use crate::device::{Trigger, Watch};
+
 /// The size of a bucket and how fast it fills.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rate {
@@ -112,6 +114,11 @@ impl Limiter {
         !self.waiting
     }
 
+    /// Whether an operation may begin now, for a device that may have no limits.
+    pub fn admits(limiter: &mut Option<Self>) -> bool {
+        limiter.as_mut().is_none_or(Self::admit)
+    }
+
     /// Counts an operation that moved so many bytes.
     pub fn charge(&mut self, bytes: u64) {
         if let Some(bucket) = &mut self.bytes {
@@ -122,19 +129,36 @@ impl Limiter {
         }
     }
 
-    /// The timer's descriptor, for [`VirtioDevice::watched`](crate::device::VirtioDevice::watched): readable when the wait
-    /// is over.
+    /// The timer, for [`VirtioDevice::watched`](crate::device::VirtioDevice::watched). Heard of once each time: a device that
+    /// was reset while it waited would otherwise be told of its timer for ever.
+    pub fn watch(&self) -> Watch {
+        Watch { descriptor: self.descriptor(), trigger: Trigger::Edge }
+    }
+
+    /// The timer's descriptor: readable when the wait is over.
     pub fn descriptor(&self) -> RawFd {
         self.timer.as_raw_fd()
     }
 
-    /// To be called when the timer's descriptor is readable.
+    /// To be called when the timer's descriptor is readable. Does no harm when it is not: the next [`Limiter::admit`] then
+    /// sets the timer again.
     pub fn wake(&mut self) {
         if self.waiting {
-            // It is readable, so this does not wait.
-            let _ = self.timer.wait();
+            // Not by reading it, which would wait for a timer that is not due.
+            let _ = self.timer.clear();
             self.waiting = false;
         }
+    }
+
+    /// Forgets that the device waits, for when its driver resets it: the timer may tell while nobody listens. What was used
+    /// stays used. Makes no system call.
+    pub fn reset(&mut self) {
+        self.waiting = false;
+    }
+
+    /// Lifts the limits, for what is left to do once the guest has ended.
+    pub fn lift(&mut self) {
+        (self.bytes, self.operations, self.waiting) = (None, None, false);
     }
 
     /// How often the device had to wait.
@@ -205,7 +229,23 @@ mod tests {
         limiter.charge(1 << 40);
         assert!(!limiter.admit());
         assert_eq!(limiter.throttled(), 1);
+        limiter.timer.wait().unwrap();
         limiter.wake();
+        assert!(limiter.admit());
+    }
+
+    #[test]
+    fn a_limiter_that_is_woken_early_waits_on_and_one_that_is_lifted_does_not() {
+        let rate = Rate { size: 1, refill: Duration::from_secs(3600), burst: 0 };
+        let mut limiter = Limiter::new(Some(rate), None).unwrap();
+        limiter.charge(1);
+        assert!(!limiter.admit());
+        limiter.wake();
+        assert!(!limiter.admit());
+        limiter.reset();
+        assert!(!limiter.admit());
+        assert_eq!(limiter.throttled(), 3);
+        limiter.lift();
         assert!(limiter.admit());
     }
 }

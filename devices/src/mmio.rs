@@ -135,6 +135,7 @@ impl MmioDevice {
 
     /// Delivers what the guest already handed over (see [`VirtioDevice::flush`]).
     pub fn flush(&mut self) {
+        self.device.hurry();
         for queue in 0..self.queues.len() {
             self.dispatch(Event::Queue(u16::try_from(queue).unwrap_or(u16::MAX)));
         }
@@ -370,10 +371,10 @@ mod tests {
         let disk = tempfile::tempfile().unwrap();
         disk.set_len(1 << 20).unwrap();
         vec![
-            Box::new(Rng),
+            Box::new(Rng::default()),
             Box::new(Blk::new(disk, false, "disk").unwrap()),
-            Box::new(Console::new(ConsoleOutput::default())),
-            Box::new(Vsock::new(HostPorts::default()).unwrap()),
+            Box::new(Console::new(ConsoleOutput::default(), None)),
+            Box::new(Vsock::new(HostPorts::default(), None).unwrap()),
         ]
     }
 
@@ -388,7 +389,7 @@ mod tests {
 
     #[test]
     fn features_that_were_not_offered_are_not_accepted() {
-        let mut driver = Driver::new(Box::new(Rng));
+        let mut driver = Driver::new(Box::new(Rng::default()));
         driver.write(0x70, ACKNOWLEDGE | DRIVER);
         driver.write(0x24, 0);
         driver.write(0x20, u32::MAX);
@@ -398,14 +399,14 @@ mod tests {
 
     #[test]
     fn a_step_left_out_is_not_taken() {
-        let mut driver = Driver::new(Box::new(Rng));
+        let mut driver = Driver::new(Box::new(Rng::default()));
         driver.write(0x70, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
         assert_eq!(driver.read(0x70) & DRIVER_OK, 0);
     }
 
     #[test]
     fn a_running_queue_cannot_be_moved() {
-        let mut driver = Driver::new(Box::new(Rng)).start();
+        let mut driver = Driver::new(Box::new(Rng::default())).start();
         driver.write(0x30, 0);
         driver.write(0x80, 0x30_0000);
         driver.write(0x44, 0);
@@ -432,13 +433,27 @@ mod tests {
 
     #[test]
     fn a_reset_device_serves_again() {
-        let mut driver = Driver::new(Box::new(Rng)).start();
+        let mut driver = Driver::new(Box::new(Rng::default())).start();
         for _ in 0..3 {
             let head = driver.offer(0, &[Buffer { address: BUFFERS, length: 64, writable: true }]);
             driver.device.dispatch(Event::Queue(0));
             assert_eq!(driver.used(0), Some((head, 64)));
             driver.write(0x70, 0);
-            driver = Driver::new(Box::new(Rng)).start();
+            driver = Driver::new(Box::new(Rng::default())).start();
+        }
+    }
+
+    #[test]
+    fn buffers_may_be_in_a_table_of_their_own_and_interrupts_and_notifications_for_some_only() {
+        let features = 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
+        let mut driver = Driver::new(Box::new(Rng::default())).start_with(features);
+        let buffer = |at| Buffer { address: BUFFERS + at, length: 64, writable: true };
+        driver.set_used_event(0, 1);
+        for (offered, interrupted) in [(1, false), (2, true), (3, false)] {
+            let head = driver.offer_indirect(0, &[buffer(0), buffer(64), buffer(128)]);
+            driver.device.dispatch(Event::Queue(0));
+            assert_eq!((driver.used(0), driver.interrupted()), (Some((head, 192)), interrupted));
+            assert_eq!(driver.available_event(0), offered);
         }
     }
 
@@ -447,6 +462,7 @@ mod tests {
         Register(u64, u32),
         Narrow(u64, Vec<u8>),
         Chain(usize, Vec<(u64, u32, bool)>),
+        Indirect(usize, Vec<(u64, u32, bool)>),
         Index(usize, u16),
         Kick(u16),
         Read(u64, usize),
@@ -458,8 +474,8 @@ mod tests {
         let step = prop_oneof![
             (0u64..0x110, prop_oneof![0u32..16, any::<u32>()]).prop_map(|(at, value)| Step::Register(at & !3, value)),
             (0u64..0x1000, proptest::collection::vec(any::<u8>(), 0..9)).prop_map(|(at, data)| Step::Narrow(at, data)),
-            (0usize..3, proptest::collection::vec((address, length, any::<bool>()), 1..5))
-                .prop_map(|(q, c)| Step::Chain(q, c)),
+            (0usize..3, any::<bool>(), proptest::collection::vec((address, length, any::<bool>()), 1..5))
+                .prop_map(|(q, indirect, c)| if indirect { Step::Indirect(q, c) } else { Step::Chain(q, c) }),
             (0usize..3, any::<u16>()).prop_map(|(queue, index)| Step::Index(queue, index)),
             (0u16..4).prop_map(Step::Kick),
             (0u64..0x1000, 0usize..9).prop_map(|(at, length)| Step::Read(at, length)),
@@ -467,13 +483,23 @@ mod tests {
         proptest::collection::vec(step, 1..40)
     }
 
+    fn buffers(chain: Vec<(u64, u32, bool)>) -> Vec<Buffer> {
+        chain.into_iter().map(|(address, length, writable)| Buffer { address, length, writable }).collect()
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 
         /// Whatever a driver does, in whatever order: the device neither panics nor hangs.
         #[test]
-        fn a_hostile_driver_does_no_harm(which in 0usize..4, filling in any::<[u8; 64]>(), steps in steps()) {
-            let mut driver = Driver::new(devices().swap_remove(which)).start();
+        fn a_hostile_driver_does_no_harm(
+            which in 0usize..4,
+            rings in 0u32..4,
+            filling in any::<[u8; 64]>(),
+            steps in steps(),
+        ) {
+            let features = rings << VIRTIO_RING_F_INDIRECT_DESC;
+            let mut driver = Driver::new(devices().swap_remove(which)).start_with(features);
             for page in 0..64 {
                 driver.memory.write_slice(&filling, vm_memory::GuestAddress(page * 4096)).unwrap();
             }
@@ -483,11 +509,10 @@ mod tests {
                     Step::Register(at, value) => driver.write(at, value),
                     Step::Narrow(at, data) => driver.device.write(at, &data),
                     Step::Chain(queue, chain) if queue < queues => {
-                        let chain: Vec<_> = chain
-                            .into_iter()
-                            .map(|(address, length, writable)| Buffer { address, length, writable })
-                            .collect();
-                        driver.offer(queue, &chain);
+                        driver.offer(queue, &buffers(chain));
+                    }
+                    Step::Indirect(queue, chain) if queue < queues => {
+                        driver.offer_indirect(queue, &buffers(chain));
                     }
                     Step::Index(queue, index) if queue < queues => driver.set_available(queue, index),
                     Step::Kick(queue) => driver.device.dispatch(Event::Queue(queue)),

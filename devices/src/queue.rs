@@ -23,6 +23,17 @@ const BUDGET: u32 = QUEUE_SIZE_MAX as u32;
 /// A chain of buffers.
 pub type Chain<'m> = DescriptorChain<&'m GuestMemory>;
 
+/// What a device did with a chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Served {
+    /// It is done with it, and wrote so many bytes into it.
+    Used(u32),
+    /// It keeps it, and gives it back later by [`VirtQueue::push`].
+    Kept,
+    /// It takes none now: this one stays available. The device comes back by itself, nobody has to notify it.
+    Refused,
+}
+
 /// The buffers of a chain, with no assumption about how the driver cut its request into descriptors (VIRTIO 1.2 §2.7.4,
 /// "Message Framing").
 #[derive(Debug, Default)]
@@ -209,26 +220,47 @@ impl VirtQueue {
         memory: &'m GuestMemory,
         mut handle: impl FnMut(Chain<'m>) -> Result<u32, Broken>,
     ) -> Result<(), Broken> {
+        self.serve(memory, |chain| handle(chain).map(Served::Used))
+    }
+
+    /// As [`VirtQueue::for_each`], for a device that keeps chains, or does not take all that there are.
+    ///
+    /// # Errors
+    /// As [`VirtQueue::for_each`].
+    pub fn serve<'m>(
+        &mut self,
+        memory: &'m GuestMemory,
+        mut handle: impl FnMut(Chain<'m>) -> Result<Served, Broken>,
+    ) -> Result<(), Broken> {
         if !self.ring.ready() {
             return Ok(());
         }
-        let mut budget = BUDGET;
-        loop {
+        let (mut budget, mut used) = (BUDGET, false);
+        let mut more = true;
+        while more {
             self.ring.disable_notification(memory).map_err(|source| self.broken(source))?;
-            while let Some(chain) = self.pop(memory)? {
+            while more && let Some(chain) = self.pop(memory)? {
                 let head = chain.head_index();
-                let written = handle(chain)?;
-                self.push(memory, head, written)?;
+                match handle(chain)? {
+                    Served::Used(written) => {
+                        self.push(memory, head, written)?;
+                        used = true;
+                    }
+                    Served::Kept => {}
+                    Served::Refused => {
+                        self.unpop();
+                        more = false;
+                    }
+                }
                 budget -= 1;
-                if budget == 0 {
+                if budget == 0 && more {
                     let _ = self.kick.write(1);
-                    return self.signal(memory);
+                    more = false;
                 }
             }
-            if !self.rearm(memory)? {
-                return self.signal(memory);
-            }
+            more = more && self.rearm(memory)?;
         }
+        if used { self.signal(memory) } else { Ok(()) }
     }
 
     /// The error for a chain that has no status byte to put an error into.

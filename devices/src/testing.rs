@@ -2,9 +2,10 @@
 //! queues.
 
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::GuestMemory;
-use crate::device::VirtioDevice;
+use crate::device::{Event, Trigger, VirtioDevice};
 use crate::mmio::MmioDevice;
 
 /// Ring memory of queue N begins here, 64 KiB apart; buffers are for the test to place from [`BUFFERS`] on.
@@ -14,10 +15,18 @@ pub const BUFFERS: u64 = 0x20_0000;
 /// The size of every queue.
 pub const SIZE: u16 = 16;
 
+/// Indirect tables, from here to the end of memory.
+const TABLES: u64 = 0x3f_0000;
+const INDIRECT: u16 = 4;
 const AVAILABLE: u64 = 0x1000;
 const USED: u64 = 0x2000;
 const STATUS_DRIVER_OK: u32 = 0xf;
 const FEATURES_ACCEPTED: u32 = 0xb;
+
+/// Where the rings of a queue are.
+fn rings(queue: usize) -> u64 {
+    RINGS + queue as u64 * 0x1_0000
+}
 
 /// A buffer of a chain.
 #[derive(Debug, Clone, Copy)]
@@ -36,6 +45,7 @@ pub struct Driver {
     pub device: MmioDevice,
     /// Guest memory: 4 MiB from 0.
     pub memory: GuestMemory,
+    epoll: Epoll,
     available: Vec<u16>,
     used: Vec<u16>,
     next_descriptor: Vec<u16>,
@@ -44,10 +54,19 @@ pub struct Driver {
 impl Driver {
     /// A device that was found and not yet set up.
     pub fn new(device: Box<dyn VirtioDevice>) -> Self {
+        let epoll = Epoll::new().unwrap();
+        for (index, watch) in (0u64..).zip(device.watched()) {
+            let events = match watch.trigger {
+                Trigger::Readable => EventSet::IN,
+                Trigger::Edge => EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED,
+            };
+            epoll.ctl(ControlOperation::Add, watch.descriptor, EpollEvent::new(events, index)).unwrap();
+        }
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap();
         let device = MmioDevice::new(device, memory.clone()).unwrap();
         let count = device.queues().len();
-        Self { device, memory, available: vec![0; count], used: vec![0; count], next_descriptor: vec![0; count] }
+        let none = vec![0; count];
+        Self { device, memory, epoll, available: none.clone(), used: none.clone(), next_descriptor: none }
     }
 
     /// Reads a register.
@@ -63,15 +82,26 @@ impl Driver {
     }
 
     /// Negotiates virtio 1 and nothing else, sets all queues up and starts the device.
-    pub fn start(mut self) -> Self {
+    pub fn start(self) -> Self {
+        self.start_with(0)
+    }
+
+    /// As [`Driver::start`], with these of the lower 32 feature bits.
+    pub fn start_with(mut self, features: u32) -> Self {
+        for queue in 0..self.available.len() {
+            (self.available[queue], self.used[queue], self.next_descriptor[queue]) = (0, 0, 0);
+            self.memory.write_slice(&[0; 0x4000], GuestAddress(rings(queue))).unwrap();
+        }
         self.write(0x70, 1);
         self.write(0x70, 3);
+        self.write(0x24, 0);
+        self.write(0x20, features);
         self.write(0x24, 1);
         self.write(0x20, 1); // VIRTIO_F_VERSION_1
         self.write(0x70, FEATURES_ACCEPTED);
         assert_eq!(self.read(0x70), FEATURES_ACCEPTED);
         for queue in 0..self.available.len() as u32 {
-            let rings = (RINGS + u64::from(queue) * 0x1_0000) as u32;
+            let rings = rings(queue as usize) as u32;
             self.write(0x30, queue);
             self.write(0x38, SIZE.into());
             for (register, offset) in [(0x80, 0), (0x90, AVAILABLE), (0xa0, USED)] {
@@ -87,31 +117,69 @@ impl Driver {
 
     /// Makes a chain available on a queue, without telling the device, and gives its head.
     pub fn offer(&mut self, queue: usize, chain: &[Buffer]) -> u16 {
-        let rings = RINGS + queue as u64 * 0x1_0000;
         let head = self.next_descriptor[queue];
         for (position, buffer) in chain.iter().enumerate() {
             let index = self.next_descriptor[queue];
             let next = (index + 1) % SIZE;
             self.next_descriptor[queue] = next;
-            let more = position + 1 < chain.len();
-            let flags = u16::from(more) | if buffer.writable { 2 } else { 0 };
-            let at = GuestAddress(rings + u64::from(index) * 16);
-            self.memory.write_obj(buffer.address, at).unwrap();
-            self.memory.write_obj(buffer.length, GuestAddress(at.0 + 8)).unwrap();
-            self.memory.write_obj(flags, GuestAddress(at.0 + 12)).unwrap();
-            self.memory.write_obj(next, GuestAddress(at.0 + 14)).unwrap();
+            let next = (position + 1 < chain.len()).then_some(next);
+            self.describe(rings(queue) + u64::from(index) * 16, *buffer, next);
         }
-        let slot = rings + AVAILABLE + 4 + u64::from(self.available[queue] % SIZE) * 2;
+        self.publish(queue, head);
+        head
+    }
+
+    /// As [`Driver::offer`], in a table of its own (VIRTIO 1.2 §2.7.5.3).
+    pub fn offer_indirect(&mut self, queue: usize, chain: &[Buffer]) -> u16 {
+        let head = self.next_descriptor[queue];
+        self.next_descriptor[queue] = (head + 1) % SIZE;
+        let table = TABLES + (queue as u64 * u64::from(SIZE) + u64::from(head)) * u64::from(SIZE) * 16;
+        for (index, buffer) in (0u16..).zip(chain) {
+            let next = (usize::from(index) + 1 < chain.len()).then_some(index + 1);
+            self.describe(table + u64::from(index) * 16, *buffer, next);
+        }
+        let at = rings(queue) + u64::from(head) * 16;
+        self.describe(at, Buffer { address: table, length: chain.len() as u32 * 16, writable: false }, None);
+        self.memory.write_obj(INDIRECT, GuestAddress(at + 12)).unwrap();
+        self.publish(queue, head);
+        head
+    }
+
+    fn describe(&self, at: u64, buffer: Buffer, next: Option<u16>) {
+        let flags = u16::from(next.is_some()) | if buffer.writable { 2 } else { 0 };
+        self.memory.write_obj(buffer.address, GuestAddress(at)).unwrap();
+        self.memory.write_obj(buffer.length, GuestAddress(at + 8)).unwrap();
+        self.memory.write_obj(flags, GuestAddress(at + 12)).unwrap();
+        self.memory.write_obj(next.unwrap_or(0), GuestAddress(at + 14)).unwrap();
+    }
+
+    fn publish(&mut self, queue: usize, head: u16) {
+        let slot = rings(queue) + AVAILABLE + 4 + u64::from(self.available[queue] % SIZE) * 2;
         self.memory.write_obj(head, GuestAddress(slot)).unwrap();
         self.set_available(queue, self.available[queue].wrapping_add(1));
-        head
     }
 
     /// Sets a queue's available index to anything.
     pub fn set_available(&mut self, queue: usize, index: u16) {
         self.available[queue] = index;
-        let at = RINGS + queue as u64 * 0x1_0000 + AVAILABLE + 2;
+        let at = rings(queue) + AVAILABLE + 2;
         self.memory.write_obj(index, GuestAddress(at)).unwrap();
+    }
+
+    /// With EVENT_IDX: asks for an interrupt when the used index goes past `index` (VIRTIO 1.2 §2.7.7).
+    pub fn set_used_event(&mut self, queue: usize, index: u16) {
+        let at = rings(queue) + AVAILABLE + 4 + u64::from(SIZE) * 2;
+        self.memory.write_obj(index, GuestAddress(at)).unwrap();
+    }
+
+    /// With EVENT_IDX: past which available index the device wants to be notified.
+    pub fn available_event(&self, queue: usize) -> u16 {
+        self.memory.read_obj(GuestAddress(rings(queue) + USED + 4 + u64::from(SIZE) * 8)).unwrap()
+    }
+
+    /// Whether the device interrupted since it was last asked.
+    pub fn interrupted(&self) -> bool {
+        self.device.interrupt().line().read().is_ok()
     }
 
     /// Takes the chain that was offered last back; the device must not have used it.
@@ -122,7 +190,7 @@ impl Driver {
 
     /// The next used chain of a queue: its head and how many bytes the device wrote.
     pub fn used(&mut self, queue: usize) -> Option<(u16, u32)> {
-        let rings = RINGS + queue as u64 * 0x1_0000;
+        let rings = rings(queue);
         let index: u16 = self.memory.read_obj(GuestAddress(rings + USED + 2)).unwrap();
         if index == self.used[queue] {
             return None;
@@ -131,5 +199,35 @@ impl Driver {
         self.used[queue] = self.used[queue].wrapping_add(1);
         let head: u32 = self.memory.read_obj(GuestAddress(slot)).unwrap();
         Some((head as u16, self.memory.read_obj(GuestAddress(slot + 4)).unwrap()))
+    }
+
+    /// Waits until a descriptor of the device is ready, as the event loop does, and lets the device hear of it.
+    pub fn turn(&mut self) {
+        let mut events = [EpollEvent::default(); 4];
+        let count = loop {
+            match self.epoll.wait(-1, &mut events) {
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                count => break count.unwrap(),
+            }
+        };
+        for event in &events[..count] {
+            self.device.dispatch(Event::Backend(event.data() as usize));
+        }
+    }
+
+    /// Waits until a chain of a queue is used.
+    pub fn wait_used(&mut self, queue: usize) -> (u16, u32) {
+        loop {
+            if let Some(used) = self.used(queue) {
+                return used;
+            }
+            self.turn();
+        }
+    }
+
+    /// What the device or its transport has counted under this name.
+    pub fn metric(&self, name: &str) -> u64 {
+        let metrics = self.device.metrics();
+        metrics.iter().find(|(other, _)| *other == name).unwrap_or_else(|| panic!("no {name} in {metrics:?}")).1
     }
 }

@@ -25,7 +25,8 @@ use self::muxer::Muxer;
 use self::ports::HostPorts;
 use crate::GuestMemory;
 use crate::device::{Broken, Event, Resources, Trigger, VirtioDevice, Watch, read_config_bytes};
-use crate::queue::{QUEUE_SIZE_MAX, VirtQueue};
+use crate::limit::Limiter;
+use crate::queue::{QUEUE_SIZE_MAX, Served, VirtQueue};
 
 /// The guest's address. Each monitor has a socket device of its own, so every guest can have the same.
 pub const GUEST_CID: u64 = 3;
@@ -36,21 +37,53 @@ pub const HOST_CID: u64 = 2;
 const PAYLOAD_MAX: u32 = 64 << 10;
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
+/// The position of the streams among what is watched; the limiter comes after it.
+const STREAMS: usize = 0;
 const QUEUE_SIZES: [u16; 3] = [QUEUE_SIZE_MAX, QUEUE_SIZE_MAX, 16];
 
 /// The socket device.
 #[derive(Debug)]
 pub struct Vsock {
     muxer: Muxer,
+    limiter: Option<Limiter>,
+    counters: Counters,
+}
+
+/// What the device counts, besides what the muxer does.
+#[derive(Debug, Default)]
+struct Counters {
+    sent_packets: u64,
+    sent_bytes: u64,
+    received_packets: u64,
+    received_bytes: u64,
 }
 
 impl Vsock {
-    /// A device that connects the guest to `ports`.
+    /// A device that connects the guest to `ports`, and takes as much from it as `limiter` admits.
     ///
     /// # Errors
     /// When the system has no descriptor left.
-    pub fn new(ports: HostPorts) -> io::Result<Self> {
-        Ok(Self { muxer: Muxer::new(ports)? })
+    pub fn new(ports: HostPorts, limiter: Option<Limiter>) -> io::Result<Self> {
+        Ok(Self { muxer: Muxer::new(ports)?, limiter, counters: Counters::default() })
+    }
+
+    /// Takes what the guest sends.
+    fn collect(&mut self, memory: &GuestMemory, queue: &mut VirtQueue) -> Result<(), Broken> {
+        queue.serve(memory, |chain| {
+            if !Limiter::admits(&mut self.limiter) {
+                return Ok(Served::Refused);
+            }
+            let packet = Incoming::parse(memory, chain);
+            let packet = packet.map_err(|reason| Broken::Chain { queue: TRANSMIT as u16, reason })?;
+            let bytes: u64 = packet.data.iter().map(|slice| slice.len() as u64).sum();
+            self.counters.sent_packets += 1;
+            self.counters.sent_bytes += bytes;
+            if let Some(limiter) = &mut self.limiter {
+                limiter.charge(bytes);
+            }
+            self.muxer.receive(&packet);
+            Ok(Served::Used(0))
+        })
     }
 
     /// Gives the guest what there is for it, as far as it has buffers.
@@ -72,6 +105,8 @@ impl Vsock {
                 break;
             };
             queue.push(memory, head, PKT_HEADER_SIZE as u32 + payload)?;
+            self.counters.received_packets += 1;
+            self.counters.received_bytes += u64::from(payload);
             budget -= 1;
             if budget == 0 {
                 let _ = queue.kick().write(1);
@@ -99,18 +134,19 @@ impl VirtioDevice for Vsock {
 
     fn process(&mut self, resources: Resources<'_>, event: Event) -> Result<(), Broken> {
         let Resources { memory, queues, .. } = resources;
-        if event == Event::Backend(0) {
-            self.muxer.poll();
-        }
-        if event == Event::Queue(TRANSMIT as u16)
-            && let Some(queue) = queues.get_mut(TRANSMIT)
-        {
-            queue.for_each(memory, |chain| {
-                let packet = Incoming::parse(memory, chain);
-                let packet = packet.map_err(|reason| Broken::Chain { queue: TRANSMIT as u16, reason })?;
-                self.muxer.receive(&packet);
-                Ok(0)
-            })?;
+        let sends = match event {
+            Event::Queue(queue) => usize::from(queue) == TRANSMIT,
+            Event::Backend(STREAMS) => {
+                self.muxer.poll();
+                false
+            }
+            Event::Backend(_) => {
+                self.limiter.iter_mut().for_each(Limiter::wake);
+                true
+            }
+        };
+        if sends && let Some(queue) = queues.get_mut(TRANSMIT) {
+            self.collect(memory, queue)?;
         }
         match queues.get_mut(RECEIVE) {
             Some(queue) => self.deliver(memory, queue),
@@ -120,10 +156,31 @@ impl VirtioDevice for Vsock {
 
     fn reset(&mut self) {
         self.muxer.reset();
+        self.limiter.iter_mut().for_each(Limiter::reset);
     }
 
     fn watched(&self) -> Vec<Watch> {
-        vec![Watch { descriptor: self.muxer.descriptor(), trigger: Trigger::Readable }]
+        let streams = Watch { descriptor: self.muxer.descriptor(), trigger: Trigger::Readable };
+        [streams].into_iter().chain(self.limiter.iter().map(Limiter::watch)).collect()
+    }
+
+    fn metrics(&self) -> Vec<(&'static str, u64)> {
+        let Counters { sent_packets, sent_bytes, received_packets, received_bytes } = self.counters;
+        let muxer::Counters { opened, refused, reset } = self.muxer.counters();
+        vec![
+            ("connections_opened", opened),
+            ("connections_refused", refused),
+            ("connections_reset", reset),
+            ("guest_sent_packets", sent_packets),
+            ("guest_sent_bytes", sent_bytes),
+            ("guest_received_packets", received_packets),
+            ("guest_received_bytes", received_bytes),
+            ("throttled", self.limiter.as_ref().map_or(0, Limiter::throttled)),
+        ]
+    }
+
+    fn hurry(&mut self) {
+        self.limiter.iter_mut().for_each(Limiter::lift);
     }
 
     fn flush(&mut self) {

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
 
 use rustix::event::epoll;
 use virtio_vsock::packet::VsockPacket;
@@ -57,12 +58,30 @@ pub(super) struct Muxer {
     /// Connections that have something to tell, each at most once.
     listed: VecDeque<Key>,
     resets: VecDeque<Key>,
+    counters: Counters,
+}
+
+/// What became of the guest's connections.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Counters {
+    /// It asked for them, and got them.
+    pub(super) opened: u64,
+    /// It asked for them, and did not get them.
+    pub(super) refused: u64,
+    /// It was told that they are over, or that there is none.
+    pub(super) reset: u64,
 }
 
 impl Muxer {
     pub(super) fn new(ports: HostPorts) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        Ok(Self { ports, epoll, connections: HashMap::new(), listed: VecDeque::new(), resets: VecDeque::new() })
+        let (connections, listed, resets) = (HashMap::new(), VecDeque::new(), VecDeque::new());
+        Ok(Self { ports, epoll, connections, listed, resets, counters: Counters::default() })
+    }
+
+    /// What became of the guest's connections since the device was made.
+    pub(super) fn counters(&self) -> Counters {
+        self.counters
     }
 
     /// Readable when a connection's stream is ready.
@@ -151,6 +170,7 @@ impl Muxer {
     /// Fills the next packet for the guest and gives the length of its payload, or `None` when there is none.
     pub(super) fn next_packet(&mut self, packet: &mut VsockPacket<'_, ()>) -> Option<u32> {
         if let Some(key) = self.resets.pop_front() {
+            self.counters.reset += 1;
             write_header(packet, key, OP_RST, 0, 0, 0);
             return Some(0);
         }
@@ -171,6 +191,7 @@ impl Muxer {
                     if told {
                         continue;
                     }
+                    self.counters.reset += 1;
                     write_header(packet, key, OP_RST, 0, forwarded, 0);
                     return Some(0);
                 }
@@ -183,25 +204,32 @@ impl Muxer {
     }
 
     fn open(&mut self, key: Key, packet: &Incoming<'_>) {
-        if self.connections.contains_key(&key) || self.connections.len() >= CONNECTIONS_MAX {
-            self.owe_reset(key);
-            return;
+        match self.connect(key) {
+            Some(stream) => {
+                self.counters.opened += 1;
+                let mut connection = Connection::new(stream);
+                connection.update_credit(packet.credit, packet.forwarded);
+                list(&mut self.listed, key, &mut connection);
+                self.connections.insert(key, connection);
+            }
+            None => {
+                self.counters.refused += 1;
+                self.owe_reset(key);
+            }
         }
-        let Ok(stream) = self.ports.connect(key.host) else {
-            self.owe_reset(key);
-            return;
-        };
+    }
+
+    /// The stream for a new connection, if there may be one and somebody is at the other end.
+    fn connect(&self, key: Key) -> Option<UnixStream> {
+        if self.connections.contains_key(&key) || self.connections.len() >= CONNECTIONS_MAX {
+            return None;
+        }
+        let stream = self.ports.connect(key.host).ok()?;
         // Edge-triggered: the connection remembers what is ready, and the set never has to be changed.
         let interest =
             epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
-        if epoll::add(&self.epoll, &stream, epoll::EventData::new_u64(key.to_token()), interest).is_err() {
-            self.owe_reset(key);
-            return;
-        }
-        let mut connection = Connection::new(stream);
-        connection.update_credit(packet.credit, packet.forwarded);
-        list(&mut self.listed, key, &mut connection);
-        self.connections.insert(key, connection);
+        epoll::add(&self.epoll, &stream, epoll::EventData::new_u64(key.to_token()), interest).ok()?;
+        Some(stream)
     }
 
     fn owe_reset(&mut self, key: Key) {

@@ -51,7 +51,7 @@ struct Guest {
 impl Guest {
     fn new() -> Self {
         let ports = HostPorts::default();
-        let device = Vsock::new(ports.clone()).unwrap();
+        let device = Vsock::new(ports.clone(), None).unwrap();
         Self { driver: Driver::new(Box::new(device)).start(), ports, piece: 64 << 10 }
     }
 
@@ -269,7 +269,7 @@ fn a_flush_delivers_the_backlog_to_a_receiver_that_reads_late() {
 fn a_port_can_be_a_unix_socket() {
     let folder = tempfile::tempdir().unwrap();
     let listener = std::os::unix::net::UnixListener::bind(folder.path().join("v_1024")).unwrap();
-    let device = Vsock::new(HostPorts::new(Some(folder.path().join("v")))).unwrap();
+    let device = Vsock::new(HostPorts::new(Some(folder.path().join("v"))), None).unwrap();
     let mut guest = Guest { driver: Driver::new(Box::new(device)).start(), ports: HostPorts::default(), piece: 1 };
     guest.send(&packet(REQUEST));
     let (mut host, _) = listener.accept().unwrap();

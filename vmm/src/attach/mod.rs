@@ -1,6 +1,7 @@
 //! From the configuration to devices that are connected with the VM: one file for each kind that has a backend on the host.
 
 mod drive;
+mod limits;
 
 use std::sync::{Arc, Mutex};
 
@@ -30,16 +31,19 @@ pub(crate) fn devices(
     console: &ConsoleOutput,
 ) -> Result<Vec<Arc<Mutex<MmioDevice>>>, MachineError> {
     let failed = |device| move |source| MachineError::Device { device, source };
+    let vsock =
+        limits::limiter(config.vsock_limits).and_then(|limiter| Vsock::new(ports, limiter)).map_err(failed("vsock"))?;
     // Vsock first: the agent waits for it, and the kernel probes in this order.
-    let mut devices: Vec<(&'static str, Box<dyn VirtioDevice>)> =
-        vec![("vsock", Box::new(Vsock::new(ports).map_err(failed("vsock"))?))];
+    let mut devices: Vec<(&'static str, Box<dyn VirtioDevice>)> = vec![("vsock", Box::new(vsock))];
     for (index, drive) in config.drives.iter().enumerate() {
         let file = drive::open(drive)?;
         let blk = Blk::new(file, drive.read_only, &format!("drive{index}")).map_err(failed("block"))?;
         devices.push(("block", Box::new(blk)));
     }
-    devices.push(("entropy", Box::new(Rng)));
-    devices.push(("console", Box::new(Console::new(console.clone()))));
+    let limiter = limits::limiter(config.entropy_limits).map_err(failed("entropy"))?;
+    devices.push(("entropy", Box::new(Rng::new(limiter))));
+    let limiter = limits::limiter(config.console_limits).map_err(failed("console"))?;
+    devices.push(("console", Box::new(Console::new(console.clone(), limiter))));
 
     (0u32..)
         .zip(devices)
