@@ -19,9 +19,7 @@ pub const BUFFERS_MAX: usize = crate::queue::QUEUE_SIZE_MAX as usize;
 /// What the system says; `UnexpectedEof` when the file ends before the buffers are full.
 pub fn read_exact_at(file: &File, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
     // SAFETY: the vectors come from `VolatileSlice`s, valid for writes of their length while borrowed here.
-    transfer(buffers, offset, |vectors, count, offset| unsafe {
-        libc::preadv64(file.as_raw_fd(), vectors, count, offset)
-    })
+    with_vectors(buffers, |vectors| unsafe { read_vectors(file, vectors, offset) })
 }
 
 /// Writes all of `buffers`, in order, at `offset` of the file.
@@ -30,28 +28,72 @@ pub fn read_exact_at(file: &File, buffers: &[VolatileSlice<'_>], offset: u64) ->
 /// What the system says; `UnexpectedEof` when nothing more can be written.
 pub fn write_all_at(file: &File, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
     // SAFETY: the vectors come from `VolatileSlice`s, valid for reads of their length while borrowed here.
-    transfer(buffers, offset, |vectors, count, offset| unsafe {
+    with_vectors(buffers, |vectors| unsafe { write_vectors(file, vectors, offset) })
+}
+
+/// Reads as much into `buffers`, in order, from `offset` of the file as the page cache has, and says how much that is.
+///
+/// # Errors
+/// What the system says: `WouldBlock` when it has nothing, `Unsupported` when the file system does not tell.
+pub fn read_cached_at(file: &File, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<usize> {
+    with_vectors(buffers, |vectors| {
+        let (count, position) = (count(vectors), position(offset)?);
+        // SAFETY: the vectors come from `VolatileSlice`s, valid for writes of their length while borrowed here.
+        let done = unsafe { libc::preadv2(file.as_raw_fd(), vectors.as_ptr(), count, position, libc::RWF_NOWAIT) };
+        usize::try_from(done).map_err(|_| io::Error::last_os_error())
+    })
+}
+
+/// Reads into all of `vectors`, and uses them up.
+///
+/// # Errors
+/// As [`read_exact_at`].
+///
+/// # Safety
+/// The vectors must be valid for writes of their length.
+pub(crate) unsafe fn read_vectors(file: &File, vectors: &mut [libc::iovec], offset: u64) -> io::Result<()> {
+    // SAFETY: as the caller promises.
+    transfer(vectors, offset, |vectors, count, offset| unsafe {
+        libc::preadv64(file.as_raw_fd(), vectors, count, offset)
+    })
+}
+
+/// Writes all of `vectors`, and uses them up.
+///
+/// # Errors
+/// As [`write_all_at`].
+///
+/// # Safety
+/// The vectors must be valid for reads of their length.
+pub(crate) unsafe fn write_vectors(file: &File, vectors: &mut [libc::iovec], offset: u64) -> io::Result<()> {
+    // SAFETY: as the caller promises.
+    transfer(vectors, offset, |vectors, count, offset| unsafe {
         libc::pwritev64(file.as_raw_fd(), vectors, count, offset)
     })
 }
 
-fn transfer(
+/// Calls `call` with where `buffers` are.
+fn with_vectors<T>(
     buffers: &[VolatileSlice<'_>],
-    mut offset: u64,
-    call: impl Fn(*const libc::iovec, i32, i64) -> isize,
-) -> io::Result<()> {
+    call: impl FnOnce(&mut [libc::iovec]) -> io::Result<T>,
+) -> io::Result<T> {
     let guards: Vec<_> = buffers.iter().map(VolatileSlice::ptr_guard_mut).collect();
     let mut vectors: Vec<libc::iovec> =
         guards.iter().map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() }).collect();
-    let mut rest = vectors.as_mut_slice();
+    call(&mut vectors)
+}
+
+fn transfer(
+    mut rest: &mut [libc::iovec],
+    mut offset: u64,
+    call: impl Fn(*const libc::iovec, i32, i64) -> isize,
+) -> io::Result<()> {
     while !rest.is_empty() {
         if rest[0].iov_len == 0 {
             rest = &mut rest[1..];
             continue;
         }
-        let count = i32::try_from(rest.len().min(BUFFERS_MAX)).unwrap_or(i32::MAX);
-        let position = i64::try_from(offset).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-        let done = match call(rest.as_ptr(), count, position) {
+        let done = match call(rest.as_ptr(), count(rest), position(offset)?) {
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
             done if done > 0 => done.unsigned_abs(),
             _ => match io::Error::last_os_error() {
@@ -65,8 +107,17 @@ fn transfer(
     Ok(())
 }
 
+/// How many vectors go into one call.
+fn count(vectors: &[libc::iovec]) -> i32 {
+    i32::try_from(vectors.len().min(BUFFERS_MAX)).unwrap_or(i32::MAX)
+}
+
+fn position(offset: u64) -> io::Result<i64> {
+    i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
 /// Drops the first `done` bytes of `vectors`.
-fn advance(mut vectors: &mut [libc::iovec], mut done: usize) -> &mut [libc::iovec] {
+pub(crate) fn advance(mut vectors: &mut [libc::iovec], mut done: usize) -> &mut [libc::iovec] {
     while let Some(first) = vectors.first_mut() {
         if done < first.iov_len {
             first.iov_base = first.iov_base.cast::<u8>().wrapping_add(done).cast();
@@ -105,5 +156,20 @@ mod tests {
         assert_eq!((&first, &second), (b"234", b"5678"));
         let error = read_exact_at(&file, &[slice(0, 8)], 4).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn what_was_just_written_is_read_from_the_cache() {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+        let slice = memory.get_slices(GuestAddress(0), 8, Permissions::Write).unwrap().next().unwrap().unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"0123456789").unwrap();
+        match read_cached_at(&file, &[slice], 6) {
+            Ok(count) => assert_eq!((count, memory.read_obj::<[u8; 4]>(GuestAddress(0)).unwrap()), (4, *b"6789")),
+            // A file system that does not tell what it has in memory.
+            Err(error) => assert_eq!(error.kind(), io::ErrorKind::Unsupported),
+        }
+        let error = read_cached_at(&file, &[slice], u64::MAX).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
     }
 }

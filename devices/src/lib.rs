@@ -7,6 +7,7 @@
 //! - [`blk`], [`console`], [`rng`], [`vsock`]: one device a file or folder, each in the same order: what it is, its
 //!   limits, its errors, the device, its request processing, its tests.
 //! - [`limit`]: token buckets for devices that move data.
+//! - [`guest_io`], [`ring_io`]: file input and output straight into guest memory; the only places with unsafe code.
 //! - [`serial`]: an early-boot aid, not a virtio device.
 //!
 //! # Trust
@@ -21,6 +22,7 @@ pub mod guest_io;
 pub mod limit;
 pub mod mmio;
 pub mod queue;
+pub mod ring_io;
 pub mod rng;
 pub mod serial;
 #[cfg(test)]
