@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestMemory as _, Permissions, VolatileSlice};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory as _, Permissions, VolatileSlice};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::GuestMemory;
@@ -42,6 +42,8 @@ pub struct Buffers<'m> {
     pub readable: Vec<VolatileSlice<'m>>,
     /// Room for the device to write to.
     pub writable: Vec<VolatileSlice<'m>>,
+    /// Where the last byte of that room is.
+    pub writable_end: Option<GuestAddress>,
 }
 
 impl<'m> Buffers<'m> {
@@ -53,6 +55,9 @@ impl<'m> Buffers<'m> {
         const OUTSIDE: &str = "a buffer lies outside of memory";
         let mut buffers = Self::default();
         for descriptor in chain {
+            if descriptor.is_write_only() && descriptor.len() > 0 {
+                buffers.writable_end = descriptor.addr().checked_add(u64::from(descriptor.len()) - 1);
+            }
             let (side, access) = if descriptor.is_write_only() {
                 (&mut buffers.writable, Permissions::Write)
             } else {

@@ -130,7 +130,7 @@ impl<'m> Request<'m> {
         let mut buffers = Buffers::of(memory, chain)?;
         let mut header = [0; HEADER_LENGTH];
         buffers.take(&mut header).ok_or("a request has no header")?;
-        let Buffers { readable: output, writable: mut input } = buffers;
+        let Buffers { readable: output, writable: mut input, .. } = buffers;
         let [k0, k1, k2, k3, _, _, _, _, sector @ ..] = header;
         while input.last().is_some_and(|slice| slice.is_empty()) {
             input.pop();
