@@ -360,7 +360,7 @@ mod tests {
     use vm_memory::Bytes;
 
     use super::*;
-    use crate::blk::Blk;
+    use crate::blk::{Blk, Options};
     use crate::console::{Console, ConsoleOutput};
     use crate::rng::Rng;
     use crate::testing::{BUFFERS, Buffer, Driver};
@@ -372,7 +372,7 @@ mod tests {
         disk.set_len(1 << 20).unwrap();
         vec![
             Box::new(Rng::default()),
-            Box::new(Blk::new(disk, false, "disk").unwrap()),
+            Box::new(Blk::new(disk, Options { queues: 2, ..Options::default() }).unwrap()),
             Box::new(Console::new(ConsoleOutput::default(), None)),
             Box::new(Vsock::new(HostPorts::default(), None).unwrap()),
         ]

@@ -1,9 +1,13 @@
 //! The files behind block devices.
 
 use std::fs::File;
+use std::io;
 use std::path::PathBuf;
 
 use api::config::{DriveConfig, DriveFile};
+use devices::blk::{Options, QUEUES_MAX};
+
+use super::limits;
 
 use crate::inherited;
 use crate::machine::MachineError;
@@ -24,4 +28,14 @@ pub(super) fn open(drive: &DriveConfig) -> Result<File, MachineError> {
             Ok(taken.map_err(|source| MachineError::Open { what: "the inherited drive", path: path(), source })?.into())
         }
     }
+}
+
+/// What a drive's device is to be: one queue for each vCPU, as far as a disk has use for them.
+///
+/// # Errors
+/// When the system has no descriptor left.
+pub(super) fn options(drive: &DriveConfig, index: usize, vcpus: u8) -> io::Result<Options> {
+    let limiter = limits::limiter(drive.limits)?;
+    let queues = u16::from(vcpus).min(QUEUES_MAX);
+    Ok(Options { read_only: drive.read_only, id: format!("drive{index}"), queues, limiter })
 }

@@ -37,7 +37,8 @@ pub(crate) fn devices(
     let mut devices: Vec<(&'static str, Box<dyn VirtioDevice>)> = vec![("vsock", Box::new(vsock))];
     for (index, drive) in config.drives.iter().enumerate() {
         let file = drive::open(drive)?;
-        let blk = Blk::new(file, drive.read_only, &format!("drive{index}")).map_err(failed("block"))?;
+        let blk = drive::options(drive, index, config.vcpus).and_then(|options| Blk::new(file, options));
+        let blk = blk.map_err(failed("block"))?;
         devices.push(("block", Box::new(blk)));
     }
     let limiter = limits::limiter(config.entropy_limits).map_err(failed("entropy"))?;
