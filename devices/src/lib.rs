@@ -27,6 +27,8 @@ pub mod rng;
 pub mod serial;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 pub mod vsock;
 
 /// Guest memory as every part of the monitor sees it.

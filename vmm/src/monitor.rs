@@ -13,7 +13,7 @@ use std::{io, thread};
 
 use api::config::LaunchConfig;
 use api::model::{Device, VmBoot};
-use api::server::{self, Outcome, Setup};
+use api::server::{self, DeviceFigures, Outcome, Setup};
 use api::session::{chain, now};
 use devices::vsock::ports::HostPorts;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -264,6 +264,16 @@ impl server::Machine for Handle {
         };
         let both = self.kinds.iter().zip(self.bus.devices.iter());
         both.map(|(kind, device)| Device { kind: (*kind).to_owned(), status: status(device) }).collect()
+    }
+
+    fn figures(&self) -> Vec<DeviceFigures> {
+        let both = self.kinds.iter().zip(self.bus.devices.iter()).enumerate();
+        let figures = both.filter_map(|(index, (kind, device))| {
+            // As above: one that is at work is left out this time.
+            let figures = device.try_lock().ok()?.metrics();
+            Some(DeviceFigures { kind, index, figures })
+        });
+        figures.collect()
     }
 
     fn offer(&self, port: u32, stream: UnixStream) {

@@ -1,5 +1,7 @@
 //! `/v1/vm`, `/v1/events` and `/v1/metrics`: the VM itself.
 
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::io;
 use std::sync::atomic::Ordering;
 
@@ -10,8 +12,8 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 
-use super::Shared;
 use super::problem::{Problem, Query};
+use super::{DeviceFigures, Shared};
 use crate::config::VmConfig;
 use crate::model::{ContainerStatus, Event, EventKind, HostStats, Vm, VmState};
 
@@ -160,12 +162,35 @@ pub(super) async fn metrics(State(context): State<Shared>) -> Response {
         ("cofferdam_monitor_cpu_microseconds_total", "counter", "CPU time of monitor and vCPUs.", host.cpu_us),
         ("cofferdam_monitor_resident_bytes", "gauge", "Resident memory, the guest's included.", host.resident_bytes),
     ];
-    let text: String = figures
+    let mut text: String = figures
         .iter()
         .map(|(name, kind, help, value)| format!("# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {value}\n"))
         .collect();
+    text.push_str(&device_figures(&context.machine.figures()));
     let kind = HeaderValue::from_static("text/plain; version=0.0.4");
     ([(header::CONTENT_TYPE, kind)], text).into_response()
+}
+
+/// What devices have counted, each name once with everybody who counts it.
+fn device_figures(devices: &[DeviceFigures]) -> String {
+    let mut by_name = BTreeMap::<&str, Vec<(&DeviceFigures, u64)>>::new();
+    for device in devices {
+        for (name, value) in &device.figures {
+            by_name.entry(name).or_default().push((device, *value));
+        }
+    }
+    let mut text = String::new();
+    for (name, values) in by_name {
+        let words = name.replace('_', " ");
+        let name = format!("cofferdam_device_{name}");
+        // Some go up and down: only the device knows. Writing to a string does not fail.
+        let _ =
+            writeln!(text, "# HELP {name} Of each device since the VM began, or now: {words}.\n# TYPE {name} untyped");
+        for (DeviceFigures { kind, index, .. }, value) in values {
+            let _ = writeln!(text, "{name}{{device=\"{kind}\",index=\"{index}\"}} {value}");
+        }
+    }
+    text
 }
 
 /// What this process costs: its CPU clock (clock_gettime(2)) and its resident memory (proc(5)).
@@ -176,4 +201,30 @@ pub(super) fn host_stats() -> HostStats {
     let statm = std::fs::read_to_string("/proc/self/statm").ok();
     let pages = statm.and_then(|text| text.split_whitespace().nth(1)?.parse::<u64>().ok()).unwrap_or(0);
     HostStats { cpu_us, resident_bytes: pages * PAGE }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_name_is_described_once_and_told_for_each_device_that_has_it() {
+        let devices = [
+            DeviceFigures { kind: "vsock", index: 0, figures: vec![("events", 7), ("throttled", 0)] },
+            DeviceFigures { kind: "block", index: 1, figures: vec![("events", 9), ("read_bytes", 512)] },
+        ];
+        let text = device_figures(&devices);
+        let lines: Vec<_> = text.lines().filter(|line| !line.starts_with("# HELP")).collect();
+        let expected = [
+            "# TYPE cofferdam_device_events untyped",
+            r#"cofferdam_device_events{device="vsock",index="0"} 7"#,
+            r#"cofferdam_device_events{device="block",index="1"} 9"#,
+            "# TYPE cofferdam_device_read_bytes untyped",
+            r#"cofferdam_device_read_bytes{device="block",index="1"} 512"#,
+            "# TYPE cofferdam_device_throttled untyped",
+            r#"cofferdam_device_throttled{device="vsock",index="0"} 0"#,
+        ];
+        assert_eq!(lines, expected);
+        assert_eq!(text.matches("# HELP").count(), 3);
+    }
 }

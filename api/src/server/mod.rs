@@ -67,10 +67,23 @@ pub trait Machine: Send + Sync {
     fn console(&self) -> Vec<u8>;
     /// The VM's devices.
     fn devices(&self) -> Vec<Device>;
+    /// What the VM's devices have counted, as far as that can be had without waiting for one that is at work.
+    fn figures(&self) -> Vec<DeviceFigures>;
     /// Offers the peer of `stream` to the guest at a port of the host, for one connection.
     fn offer(&self, port: u32, stream: StdStream);
     /// Takes an offer back that was not taken.
     fn withdraw(&self, port: u32);
+}
+
+/// What a device has counted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceFigures {
+    /// Its kind, as in [`Device`].
+    pub kind: &'static str,
+    /// Its position among the VM's devices.
+    pub index: usize,
+    /// Names in `snake_case`, with the unit last, and their values.
+    pub figures: Vec<(&'static str, u64)>,
 }
 
 /// What a server is started with.

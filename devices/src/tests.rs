@@ -1,0 +1,141 @@
+//! What all devices have in common: each figure that one counts is a figure that something makes it count.
+
+use std::collections::BTreeSet;
+use std::io::Write as _;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::blk::{Blk, Options};
+use crate::console::{Console, ConsoleOutput};
+use crate::device::{Event, VirtioDevice};
+use crate::limit::{Limiter, Rate};
+use crate::ring_io::RingIo;
+use crate::rng::Rng;
+use crate::testing::{BUFFERS, Buffer, Driver};
+use crate::vsock::ports::HostPorts;
+use crate::vsock::{GUEST_CID, HOST_CID, Vsock};
+
+fn room(at: u64, length: u32) -> Buffer {
+    Buffer { address: BUFFERS + at, length, writable: true }
+}
+
+fn data(at: u64, length: u32) -> Buffer {
+    Buffer { address: BUFFERS + at, length, writable: false }
+}
+
+/// So little that whoever does anything twice has to wait, until [`Driver::device`] is flushed.
+fn limiter() -> Option<Limiter> {
+    let rate = Rate { size: 1, refill: Duration::from_secs(3600), burst: 0 };
+    Some(Limiter::new(None, Some(rate)).unwrap())
+}
+
+/// Starts a device, has `drive` make it count, and breaks and resets it; gives the figures that are still zero.
+fn idle_figures(device: Box<dyn VirtioDevice>, queue: u16, drive: impl FnOnce(&mut Driver)) -> BTreeSet<&'static str> {
+    let mut driver = Driver::new(device).start();
+    drive(&mut driver);
+    driver.set_available(queue.into(), 5000);
+    while driver.metric("broken") == 0 {
+        driver.device.dispatch(Event::Queue(queue));
+        if driver.metric("broken") == 0 {
+            driver.turn();
+        }
+    }
+    driver.write(0x70, 0);
+    let metrics = driver.device.metrics();
+    let names: BTreeSet<_> = metrics.iter().map(|(name, _)| *name).collect();
+    assert_eq!(names.len(), metrics.len(), "two figures have one name: {metrics:?}");
+    metrics.into_iter().filter(|(_, value)| *value == 0).map(|(name, _)| name).collect()
+}
+
+#[test]
+fn every_figure_of_the_entropy_device_counts() {
+    let idle = idle_figures(Box::new(Rng::new(limiter())), 0, |driver| {
+        driver.offer(0, &[room(0, 64)]);
+        driver.offer(0, &[room(0, 64)]);
+        driver.device.dispatch(Event::Queue(0));
+        driver.device.flush();
+    });
+    assert_eq!(idle, BTreeSet::new());
+}
+
+#[test]
+fn every_figure_of_the_console_counts() {
+    let console = Console::new(ConsoleOutput::default(), limiter());
+    let idle = idle_figures(Box::new(console), 1, |driver| {
+        driver.offer(1, &[data(0, 100 << 10)]);
+        driver.offer(1, &[data(0, 1)]);
+        driver.device.dispatch(Event::Queue(1));
+        driver.device.flush();
+    });
+    assert_eq!(idle, BTreeSet::new());
+}
+
+#[test]
+fn every_figure_of_the_socket_device_counts() {
+    let ports = HostPorts::default();
+    let vsock = Vsock::new(ports.clone(), limiter()).unwrap();
+    let (mut host, offered) = UnixStream::pair().unwrap();
+    ports.offer(1024, offered);
+    host.write_all(b"hello").unwrap();
+    let idle = idle_figures(Box::new(vsock), 1, |driver| {
+        let header = |driver: &Driver, at: u64, port: u32, length: u32, op: u16| {
+            let memory = &driver.memory;
+            memory.write_obj([GUEST_CID, HOST_CID], GuestAddress(BUFFERS + at)).unwrap();
+            memory.write_obj([7u32, port, length], GuestAddress(BUFFERS + at + 16)).unwrap();
+            memory.write_obj([1u16, op], GuestAddress(BUFFERS + at + 28)).unwrap();
+            memory.write_obj([0u32, 4096, 0], GuestAddress(BUFFERS + at + 32)).unwrap();
+        };
+        // A connection with data on it, and one that nobody takes.
+        for (at, port, length, op) in [(0, 1024, 0, 1), (64, 1024, 3, 5), (128, 9, 0, 1)] {
+            header(driver, at, port, length, op);
+            driver.offer(1, &[data(at, 44 + length)]);
+        }
+        for at in 1..5 {
+            driver.offer(0, &[room(at * 4096, 4096)]);
+        }
+        driver.device.dispatch(Event::Queue(1));
+        driver.device.flush();
+    });
+    assert_eq!(idle, BTreeSet::new());
+}
+
+#[test]
+fn every_figure_of_a_disk_counts() {
+    let disk = || {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        file
+    };
+    // What a host does without has no figures.
+    let ring = RingIo::new(disk()).unwrap().has_ring();
+    let mut expected = BTreeSet::new();
+    if !ring {
+        expected.extend(["uring", "cached_read_requests"]);
+    }
+    let blk = Blk::new(disk(), Options { limiter: limiter(), ..Options::default() }).unwrap();
+    let idle = idle_figures(Box::new(blk), 0, |driver| {
+        let mut run = |kind: u32, buffer: Option<Buffer>, lift: bool| {
+            driver.memory.write_obj([kind, 0, 0, 0], GuestAddress(BUFFERS)).unwrap();
+            driver.memory.write_obj([0u32, 0, 8, 0], GuestAddress(BUFFERS + 0x1000)).unwrap();
+            let chain: Vec<_> = [data(0, 16)].into_iter().chain(buffer).chain([room(16, 1)]).collect();
+            driver.offer(0, &chain);
+            driver.device.dispatch(Event::Queue(0));
+            if lift {
+                driver.device.flush();
+            }
+            driver.wait_used(0);
+        };
+        run(1, Some(data(0x1000, 512)), false);
+        run(0, Some(room(0x2000, 512)), true);
+        run(4, None, false);
+        run(8, Some(room(0x2000, 20)), false);
+        run(11, Some(data(0x1000, 16)), false);
+        run(13, Some(data(0x1000, 16)), false);
+        run(99, None, false);
+    });
+    // That too much is under way takes a slow disk; `blk::tests` makes one.
+    expected.insert("stalls");
+    assert_eq!(idle, expected);
+}
