@@ -215,6 +215,11 @@ impl Driver {
         }
     }
 
+    /// Whether the event loop would be woken for the device now.
+    pub fn is_woken(&self) -> bool {
+        self.epoll.wait(0, &mut [EpollEvent::default()]).unwrap() > 0
+    }
+
     /// Waits until a chain of a queue is used.
     pub fn wait_used(&mut self, queue: usize) -> (u16, u32) {
         loop {

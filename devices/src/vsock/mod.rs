@@ -160,7 +160,8 @@ impl VirtioDevice for Vsock {
     }
 
     fn watched(&self) -> Vec<Watch> {
-        let streams = Watch { descriptor: self.muxer.descriptor(), trigger: Trigger::Readable };
+        // An edge: streams stay ready when the driver broke the device, and nobody takes what they have.
+        let streams = Watch { descriptor: self.muxer.descriptor(), trigger: Trigger::Edge };
         [streams].into_iter().chain(self.limiter.iter().map(Limiter::watch)).collect()
     }
 

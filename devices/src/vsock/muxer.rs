@@ -109,20 +109,25 @@ impl Muxer {
         !self.listed.is_empty() || !self.resets.is_empty()
     }
 
-    /// Notes which streams are ready.
+    /// Notes which streams are ready. Whoever watches the descriptor hears of each change once, so that all are looked at.
     pub(super) fn poll(&mut self) {
         let mut events = [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 64];
-        let Ok(count) = epoll::wait(&self.epoll, &mut events[..], Some(&rustix::event::Timespec::default())) else {
-            return;
-        };
-        for event in &events[..count] {
-            let key = Key::from_token(event.data.u64());
-            let flags = event.flags;
-            if let Some(connection) = self.connections.get_mut(&key) {
-                let ended = epoll::EventFlags::HUP | epoll::EventFlags::ERR | epoll::EventFlags::RDHUP;
-                let readable = flags.intersects(epoll::EventFlags::IN | ended);
-                connection.ready(readable, flags.intersects(epoll::EventFlags::OUT | epoll::EventFlags::ERR));
-                list(&mut self.listed, key, connection);
+        // A stream that changes again after its turn is another change.
+        for _ in 0..=CONNECTIONS_MAX / events.len() {
+            let count = epoll::wait(&self.epoll, &mut events[..], Some(&rustix::event::Timespec::default()));
+            let ready = &events[..count.unwrap_or(0)];
+            for event in ready {
+                let key = Key::from_token(event.data.u64());
+                let flags = event.flags;
+                if let Some(connection) = self.connections.get_mut(&key) {
+                    let ended = epoll::EventFlags::HUP | epoll::EventFlags::ERR | epoll::EventFlags::RDHUP;
+                    let readable = flags.intersects(epoll::EventFlags::IN | ended);
+                    connection.ready(readable, flags.intersects(epoll::EventFlags::OUT | epoll::EventFlags::ERR));
+                    list(&mut self.listed, key, connection);
+                }
+            }
+            if ready.len() < events.len() {
+                break;
             }
         }
     }
