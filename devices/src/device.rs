@@ -102,7 +102,12 @@ pub trait VirtioDevice: Send {
     /// Forgets everything that the driver set up. Must be idempotent, and leave the device as it was when new.
     fn reset(&mut self);
 
-    /// The descriptors whose readiness is [`Event::Backend`]; asked once, when the device joins the event loop.
+    /// Makes what the device will need later, and nothing to describe it to the driver. Called once, by the thread that will
+    /// call [`VirtioDevice::process`], before that is confined and while the guest already begins.
+    fn prepare(&mut self) {}
+
+    /// The descriptors whose readiness is [`Event::Backend`]; asked once, when the device joins the event
+    /// loop, after [`VirtioDevice::prepare`].
     fn watched(&self) -> Vec<Watch> {
         Vec::new()
     }

@@ -325,6 +325,7 @@ impl MutEventSubscriber for MmioDevice {
         for (index, queue) in (0u32..).zip(&self.queues) {
             ops.add(Events::with_data(queue.kick(), index, EventSet::IN)).expect("an eventfd can be watched");
         }
+        self.device.prepare();
         for (index, watch) in (BACKEND..).zip(self.device.watched()) {
             let events = match watch.trigger {
                 Trigger::Readable => EventSet::IN,

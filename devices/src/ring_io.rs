@@ -1,6 +1,6 @@
 //! Input and output of one file, straight into and out of guest memory, that nobody waits for: by io_uring(7).
 //!
-//! A ring is made with everything that it will ever need, before the guest runs. From then on it can read, write, sync and
+//! A ring is made with everything that it will ever need, before its thread is confined. From then on it can read, write, sync and
 //! allocate its one file and nothing else (`IORING_REGISTER_RESTRICTIONS`): what a ring is asked to do does not pass the
 //! system call filter of the thread that asks. Where the host has no such ring (Linux before 5.11, or a sandbox that
 //! forbids it), operations are done at once, and whoever starts one waits for the disk.
@@ -129,27 +129,16 @@ impl std::fmt::Debug for RingIo {
 }
 
 impl RingIo {
-    /// Makes a ring for a file, if the host lets us.
+    /// Does without a ring, until one is made.
     ///
     /// # Errors
     /// When the system has no descriptor left.
     pub fn new(file: File) -> io::Result<Self> {
         let completion = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        let ring = ring(&file, &completion).ok();
-        Ok(Self::with(file, completion, ring))
-    }
-
-    /// As [`RingIo::new`] on a host that has no io_uring.
-    #[cfg(test)]
-    pub(crate) fn without_ring(file: File) -> Self {
-        Self::with(file, EventFd::new(EFD_NONBLOCK).unwrap(), None)
-    }
-
-    fn with(file: File, completion: EventFd, ring: Option<IoUring>) -> Self {
         let slot = || Slot { task: Task::Sync, offset: 0, vectors: Vec::new(), first: 0 };
-        Self {
+        Ok(Self {
             file,
-            ring,
+            ring: None,
             retired: false,
             completion,
             memory: None,
@@ -157,6 +146,13 @@ impl RingIo {
             free: (0..DEPTH).rev().collect(),
             unsubmitted: VecDeque::new(),
             ready: VecDeque::new(),
+        })
+    }
+
+    /// Makes a ring, if there is none and the host lets us.
+    pub fn make_ring(&mut self) {
+        if self.ring.is_none() {
+            self.ring = ring(&self.file, &self.completion).ok();
         }
     }
 

@@ -53,7 +53,13 @@ pub struct Driver {
 
 impl Driver {
     /// A device that was found and not yet set up.
-    pub fn new(device: Box<dyn VirtioDevice>) -> Self {
+    pub fn new(mut device: Box<dyn VirtioDevice>) -> Self {
+        device.prepare();
+        Self::unprepared(device)
+    }
+
+    /// As [`Driver::new`], with a device that got nothing for later.
+    pub fn unprepared(device: Box<dyn VirtioDevice>) -> Self {
         let epoll = Epoll::new().unwrap();
         for (index, watch) in (0u64..).zip(device.watched()) {
             let events = match watch.trigger {

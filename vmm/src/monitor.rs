@@ -153,12 +153,13 @@ fn run_guest(
     ended: &Receiver<End>,
     ender: &dyn Fn() -> Result<Ender, MonitorError>,
 ) -> Result<End, MonitorError> {
-    let mut events = subscribe(machine, event)?;
     for (id, vcpu) in (0u8..).zip(std::mem::take(&mut machine.vcpus)) {
         let ender = ender()?;
         vcpu::spawn(vcpus, id, vcpu, machine.bus.clone(), move |end| ender.end(End::Guest(end)))
             .map_err(system("start a vCPU's thread"))?;
     }
+    // The guest begins meanwhile: what it notifies devices of is found when they are watched.
+    let mut events = subscribe(machine, event)?;
     confine(jailer::Thread::EventLoop);
     let end = wait(&mut events, ended)?;
     // Fails when nobody watches any more.

@@ -118,10 +118,7 @@ impl Blk {
     /// # Errors
     /// When the file's length cannot be found, or the system has no descriptor left.
     pub fn new(file: File, options: Options) -> io::Result<Self> {
-        Self::with(RingIo::new(file)?, options)
-    }
-
-    fn with(io: RingIo, options: Options) -> io::Result<Self> {
+        let io = RingIo::new(file)?;
         let Options { read_only, id, queues, limiter } = options;
         // Seeking gives the length of block devices too, where metadata says zero.
         let sectors = io.file().seek(SeekFrom::End(0))? / SECTOR;
@@ -207,6 +204,11 @@ impl VirtioDevice for Blk {
         self.write_through = false;
         self.stalled = false;
         self.limiter.iter_mut().for_each(Limiter::reset);
+    }
+
+    fn prepare(&mut self) {
+        // It takes up to a tenth of a millisecond, which nobody has to wait for.
+        self.io.make_ring();
     }
 
     fn watched(&self) -> Vec<Watch> {

@@ -50,14 +50,15 @@ fn temporary() -> File {
 }
 
 impl Disk {
-    fn of(device: Blk, file: File, features: u32) -> Self {
-        Self { driver: Driver::new(Box::new(device)).start_with(features), file }
+    fn of(device: Blk, file: File, ring: bool, features: u32) -> Self {
+        let device = Box::new(device);
+        let driver = if ring { Driver::new(device) } else { Driver::unprepared(device) };
+        Self { driver: driver.start_with(features), file }
     }
 
     fn with(file: File, ring: bool, options: Options, features: u32) -> Self {
         let other = file.try_clone().unwrap();
-        let io = if ring { RingIo::new(file).unwrap() } else { RingIo::without_ring(file) };
-        Self::of(Blk::with(io, options).unwrap(), other, features)
+        Self::of(Blk::new(file, options).unwrap(), other, ring, features)
     }
 
     fn new(read_only: bool) -> Self {
@@ -305,10 +306,9 @@ fn what_can_let_go_of_nothing_does_not_discard() {
     for ring in [true, false] {
         let file = File::options().read(true).write(true).open("/dev/zero").unwrap();
         let other = file.try_clone().unwrap();
-        let io = if ring { RingIo::new(file).unwrap() } else { RingIo::without_ring(file) };
-        let mut device = Blk::with(io, Options::default()).unwrap();
+        let mut device = Blk::new(file, Options::default()).unwrap();
         device.limits.sectors = 8;
-        let mut disk = Disk::of(device, other, 1 << VIRTIO_BLK_F_FLUSH);
+        let mut disk = Disk::of(device, other, ring, 1 << VIRTIO_BLK_F_FLUSH);
         assert_eq!(disk.segment(VIRTIO_BLK_T_DISCARD, 0, 8, 0), UNSUPPORTED);
         assert_eq!(disk.segment(VIRTIO_BLK_T_WRITE_ZEROES, 0, 8, 1), OK);
     }
@@ -397,14 +397,16 @@ fn who_moves_too_much_waits_for_the_timer() {
 #[test]
 fn what_is_left_in_the_queue_for_want_of_room_is_served_when_there_is() {
     for ring in [true, false] {
-        let io = if ring { RingIo::new(temporary()).unwrap() } else { RingIo::without_ring(temporary()) };
-        let mut device = Blk::with(io, Options::default()).unwrap();
+        let mut device = Blk::new(temporary(), Options::default()).unwrap();
+        if ring {
+            device.prepare();
+        }
         // Of a driver that is gone: nobody waits for them.
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 4096)]).unwrap();
         for _ in 0..DEPTH - 1 {
             device.io.start(&memory, Operation::Sync).unwrap();
         }
-        let mut disk = Disk::of(device, temporary(), 1 << VIRTIO_BLK_F_FLUSH);
+        let mut disk = Disk::of(device, temporary(), ring, 1 << VIRTIO_BLK_F_FLUSH);
         let heads = [(); 4].map(|()| disk.offer(0, VIRTIO_BLK_T_FLUSH, 0, &[]));
         disk.driver.device.dispatch(Event::Queue(0));
         let mut used = [(); 4].map(|()| disk.driver.wait_used(0).0);
@@ -419,8 +421,9 @@ fn slow() -> Option<(Disk, io::PipeWriter)> {
     let (reader, writer) = io::pipe().unwrap();
     let mut device = Blk::new(temporary(), Options::default()).unwrap();
     device.io = RingIo::new(File::from(OwnedFd::from(reader))).unwrap();
+    device.prepare();
     // Without a ring nothing can be under way.
-    device.io.has_ring().then(|| (Disk::of(device, temporary(), 1 << VIRTIO_BLK_F_FLUSH), writer))
+    device.io.has_ring().then(|| (Disk::of(device, temporary(), true, 1 << VIRTIO_BLK_F_FLUSH), writer))
 }
 
 #[test]

@@ -22,7 +22,9 @@ fn both(content: &[u8]) -> [RingIo; 2] {
         file.write_all(content).unwrap();
         file
     };
-    [RingIo::new(file()).unwrap(), RingIo::without_ring(file())]
+    let mut rings = [file(), file()].map(|file| RingIo::new(file).unwrap());
+    rings[0].make_ring();
+    rings
 }
 
 fn finish(io: &mut RingIo) -> (Token, io::Result<()>) {
