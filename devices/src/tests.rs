@@ -1,8 +1,11 @@
-//! What all devices have in common: each figure that one counts is a figure that something makes it count.
+//! What all devices have in common: each figure that one counts is a figure that something makes it count, and nothing that
+//! makes it count takes a system call that the event loop's thread may not make.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
+use std::process::Command;
 use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress};
@@ -31,9 +34,20 @@ fn limiter() -> Option<Limiter> {
     Some(Limiter::new(None, Some(rate)).unwrap())
 }
 
+/// Set for a test that is to do its work as the event loop does it.
+const CONFINED: &str = "DEVICES_CONFINED";
+
 /// Starts a device, has `drive` make it count, and breaks and resets it; gives the figures that are still zero.
 fn idle_figures(device: Box<dyn VirtioDevice>, queue: u16, drive: impl FnOnce(&mut Driver)) -> BTreeSet<&'static str> {
-    let mut driver = Driver::new(device).start();
+    idle_figures_of(Driver::new(device), queue, drive)
+}
+
+fn idle_figures_of(driver: Driver, queue: u16, drive: impl FnOnce(&mut Driver)) -> BTreeSet<&'static str> {
+    let mut driver = driver.start();
+    if std::env::var_os(CONFINED).is_some() {
+        jailer::process().unwrap();
+        jailer::thread(jailer::Thread::EventLoop).unwrap();
+    }
     drive(&mut driver);
     driver.set_available(queue.into(), 5000);
     while driver.metric("broken") == 0 {
@@ -47,6 +61,18 @@ fn idle_figures(device: Box<dyn VirtioDevice>, queue: u16, drive: impl FnOnce(&m
     let names: BTreeSet<_> = metrics.iter().map(|(name, _)| *name).collect();
     assert_eq!(names.len(), metrics.len(), "two figures have one name: {metrics:?}");
     metrics.into_iter().filter(|(_, value)| *value == 0).map(|(name, _)| name).collect()
+}
+
+/// In processes of their own: a thread's filter cannot be taken off, and what is not allowed kills.
+#[test]
+fn devices_do_nothing_that_is_not_allowed_to_the_event_loop() {
+    let program = std::env::current_exe().unwrap();
+    for device in ["the_entropy_device", "the_console", "the_socket_device", "a_disk", "a_disk_without_a_ring"] {
+        let test = format!("tests::every_figure_of_{device}_counts");
+        let output = Command::new(&program).args(["--exact", &test]).env(CONFINED, "1").output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && text.contains("1 passed"), "{device}: {} {text}", output.status);
+    }
 }
 
 #[test]
@@ -101,42 +127,54 @@ fn every_figure_of_the_socket_device_counts() {
     assert_eq!(idle, BTreeSet::new());
 }
 
+fn disk() -> File {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 20).unwrap();
+    file
+}
+
+fn limited_disk() -> Box<Blk> {
+    Box::new(Blk::new(disk(), Options { limiter: limiter(), ..Options::default() }).unwrap())
+}
+
+/// Each kind of request.
+fn use_disk(driver: &mut Driver) {
+    let mut run = |kind: u32, buffer: Option<Buffer>, lift: bool| {
+        driver.memory.write_obj([kind, 0, 0, 0], GuestAddress(BUFFERS)).unwrap();
+        driver.memory.write_obj([0u32, 0, 8, 0], GuestAddress(BUFFERS + 0x1000)).unwrap();
+        let chain: Vec<_> = [data(0, 16)].into_iter().chain(buffer).chain([room(16, 1)]).collect();
+        driver.offer(0, &chain);
+        driver.device.dispatch(Event::Queue(0));
+        if lift {
+            driver.device.flush();
+        }
+        driver.wait_used(0);
+    };
+    run(1, Some(data(0x1000, 512)), false);
+    run(0, Some(room(0x2000, 512)), true);
+    run(4, None, false);
+    run(8, Some(room(0x2000, 20)), false);
+    run(11, Some(data(0x1000, 16)), false);
+    run(13, Some(data(0x1000, 16)), false);
+    run(99, None, false);
+}
+
+// That too much is under way takes a slow disk; `blk::tests` makes one.
+
 #[test]
 fn every_figure_of_a_disk_counts() {
-    let disk = || {
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(1 << 20).unwrap();
-        file
-    };
-    // What a host does without has no figures.
     let mut io = RingIo::new(disk()).unwrap();
     io.make_ring();
-    let mut expected = BTreeSet::new();
+    let mut expected = BTreeSet::from(["stalls"]);
     if !io.has_ring() {
+        // What this host does without has no figures.
         expected.extend(["uring", "cached_read_requests"]);
     }
-    let blk = Blk::new(disk(), Options { limiter: limiter(), ..Options::default() }).unwrap();
-    let idle = idle_figures(Box::new(blk), 0, |driver| {
-        let mut run = |kind: u32, buffer: Option<Buffer>, lift: bool| {
-            driver.memory.write_obj([kind, 0, 0, 0], GuestAddress(BUFFERS)).unwrap();
-            driver.memory.write_obj([0u32, 0, 8, 0], GuestAddress(BUFFERS + 0x1000)).unwrap();
-            let chain: Vec<_> = [data(0, 16)].into_iter().chain(buffer).chain([room(16, 1)]).collect();
-            driver.offer(0, &chain);
-            driver.device.dispatch(Event::Queue(0));
-            if lift {
-                driver.device.flush();
-            }
-            driver.wait_used(0);
-        };
-        run(1, Some(data(0x1000, 512)), false);
-        run(0, Some(room(0x2000, 512)), true);
-        run(4, None, false);
-        run(8, Some(room(0x2000, 20)), false);
-        run(11, Some(data(0x1000, 16)), false);
-        run(13, Some(data(0x1000, 16)), false);
-        run(99, None, false);
-    });
-    // That too much is under way takes a slow disk; `blk::tests` makes one.
-    expected.insert("stalls");
-    assert_eq!(idle, expected);
+    assert_eq!(idle_figures(limited_disk(), 0, use_disk), expected);
+}
+
+#[test]
+fn every_figure_of_a_disk_without_a_ring_counts() {
+    let idle = idle_figures_of(Driver::unprepared(limited_disk()), 0, use_disk);
+    assert_eq!(idle, BTreeSet::from(["stalls", "uring", "cached_read_requests"]));
 }
