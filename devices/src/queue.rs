@@ -1,10 +1,11 @@
 //! A virtqueue as devices use it (VIRTIO 1.2 §2.7, "Split Virtqueues"; the ring itself is the `virtio-queue` crate).
 
 use std::io;
+use std::num::Wrapping;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory as _, Permissions, VolatileSlice};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -143,6 +144,9 @@ pub struct VirtQueue {
     ring: Queue,
     kick: EventFd,
     interrupt: Interrupt,
+    /// How many chains were returned since the driver was last asked whether it wants to know. After a reset it may be too
+    /// many, which is an interrupt too many.
+    returned: Wrapping<u16>,
 }
 
 impl VirtQueue {
@@ -152,7 +156,7 @@ impl VirtQueue {
     /// When the system has no descriptor left, or the size is not allowed.
     pub fn new(index: u16, size: u16, interrupt: Interrupt) -> io::Result<Self> {
         let ring = Queue::new(size.min(QUEUE_SIZE_MAX)).map_err(io::Error::other)?;
-        Ok(Self { index, ring, kick: EventFd::new(EFD_NONBLOCK)?, interrupt })
+        Ok(Self { index, ring, kick: EventFd::new(EFD_NONBLOCK)?, interrupt, returned: Wrapping(0) })
     }
 
     /// The ring, for the transport's registers.
@@ -193,7 +197,38 @@ impl VirtQueue {
     /// # Errors
     /// [`Broken`] when the chain's head or the used ring is out of bounds.
     pub fn push(&mut self, memory: &GuestMemory, head: u16, length: u32) -> Result<(), Broken> {
+        self.returned += 1;
         self.ring.add_used(memory, head, length).map_err(|source| self.broken(source))
+    }
+
+    /// Returns chains, each with how many bytes the device wrote, in order: the driver sees either none or all of them.
+    ///
+    /// # Errors
+    /// As [`VirtQueue::push`].
+    pub fn push_together(&mut self, memory: &GuestMemory, chains: &[(u16, u32)]) -> Result<(), Broken> {
+        let Some((&(head, length), before)) = chains.split_last() else { return Ok(()) };
+        let first = self.ring.next_used();
+        let mut position = Wrapping(first);
+        for &(head, length) in before {
+            self.write_used(memory, position.0, head, length).map_err(|source| self.broken(source))?;
+            position += 1;
+        }
+        self.returned += position - Wrapping(first);
+        // The last one publishes the index after it, and with it all of them.
+        self.ring.set_next_used(position.0);
+        self.push(memory, head, length)
+    }
+
+    /// Writes an element of the used ring (VIRTIO 1.2 §2.7.8, "The Virtqueue Used Ring"), which is not yet to be seen.
+    fn write_used(&self, memory: &GuestMemory, position: u16, head: u16, length: u32) -> Result<(), Error> {
+        let size = self.ring.size();
+        if head >= size {
+            return Err(Error::InvalidDescriptorIndex);
+        }
+        let element = u64::from(head) | u64::from(length) << 32;
+        let offset = 4 + u64::from(position % size) * size_of_val(&element) as u64;
+        let address = self.ring.used_ring().checked_add(offset).ok_or(Error::AddressOverflow)?;
+        memory.write_obj(element.to_le(), GuestAddress(address)).map_err(Error::GuestMemory)
     }
 
     /// Interrupts the driver if it wants to know of the buffers used since the last call.
@@ -201,10 +236,41 @@ impl VirtQueue {
     /// # Errors
     /// [`Broken`] when the ring is not in memory.
     pub fn signal(&mut self, memory: &GuestMemory) -> Result<(), Broken> {
-        if self.ring.needs_notification(memory).map_err(|source| self.broken(source))? {
+        if !self.ring.ready() {
+            return Ok(());
+        }
+        let returned = std::mem::take(&mut self.returned);
+        // What was returned is there before it is asked whether it is waited for.
+        fence(Ordering::SeqCst);
+        // Without VIRTIO_F_EVENT_IDX the driver has only a hint to give, which it need not be told by.
+        let wanted = !self.ring.event_idx_enabled() || {
+            let event = self.used_event(memory).map_err(|source| self.broken(source))?;
+            Wrapping(self.ring.next_used()) - event - Wrapping(1) < returned
+        };
+        if wanted {
             self.interrupt.raise(Interrupt::USED);
         }
         Ok(())
+    }
+
+    /// The used index that the driver wants to be interrupted beyond (VIRTIO 1.2 §2.7.7, "Used Buffer Notification
+    /// Suppression"): the field after the available ring.
+    fn used_event(&self, memory: &GuestMemory) -> Result<Wrapping<u16>, Error> {
+        let offset = 4 + u64::from(self.ring.size()) * 2;
+        let address = self.ring.avail_ring().checked_add(offset).ok_or(Error::AddressOverflow)?;
+        let event: u16 = memory.load(GuestAddress(address), Ordering::Relaxed).map_err(Error::GuestMemory)?;
+        Ok(Wrapping(u16::from_le(event)))
+    }
+
+    /// Tells the driver not to notify of buffers for now, as far as it can be told.
+    ///
+    /// # Errors
+    /// [`Broken`] when the ring is not in memory.
+    pub fn disarm(&mut self, memory: &GuestMemory) -> Result<(), Broken> {
+        if !self.ring.ready() {
+            return Ok(());
+        }
+        self.ring.disable_notification(memory).map_err(|source| self.broken(source))
     }
 
     /// Asks the driver to notify of the next buffer; says whether there is one already.
@@ -212,6 +278,9 @@ impl VirtQueue {
     /// # Errors
     /// [`Broken`] when the ring is not in memory.
     pub fn rearm(&mut self, memory: &GuestMemory) -> Result<bool, Broken> {
+        if !self.ring.ready() {
+            return Ok(false);
+        }
         self.ring.enable_notification(memory).map_err(|source| self.broken(source))
     }
 
@@ -243,7 +312,7 @@ impl VirtQueue {
         let (mut budget, mut used) = (BUDGET, false);
         let mut more = true;
         while more {
-            self.ring.disable_notification(memory).map_err(|source| self.broken(source))?;
+            self.disarm(memory)?;
             while more && let Some(chain) = self.pop(memory)? {
                 let head = chain.head_index();
                 match handle(chain)? {
@@ -273,7 +342,7 @@ impl VirtQueue {
         Broken::Chain { queue: self.index, reason }
     }
 
-    fn broken(&self, source: virtio_queue::Error) -> Broken {
+    fn broken(&self, source: Error) -> Broken {
         Broken::Queue { queue: self.index, source }
     }
 }
