@@ -4,7 +4,7 @@
 //! - [`device`]: the contract between a device and its transport.
 //! - [`queue`]: a virtqueue as devices use it: bounded, and broken for good when the driver breaks the rules.
 //! - [`mmio`]: the virtio-mmio transport; owns the queues and drives the device from the event loop.
-//! - [`blk`], [`console`], [`rng`], [`vsock`]: one device a file or folder, each in the same order: what it is, its
+//! - [`blk`], [`console`], [`net`], [`rng`], [`vsock`]: one device a file or folder, each in the same order: what it is, its
 //!   limits, its errors, the device, its request processing, its tests.
 //! - [`limit`]: token buckets for devices that move data.
 //! - [`guest_io`], [`ring_io`]: file input and output straight into guest memory; the only places with unsafe code.
@@ -21,6 +21,7 @@ pub mod device;
 pub mod guest_io;
 pub mod limit;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod ring_io;
 pub mod rng;

@@ -100,6 +100,7 @@ impl MmioDevice {
         match self.device.device_type() {
             virtio_ids::VIRTIO_ID_VSOCK => "vsock",
             virtio_ids::VIRTIO_ID_BLOCK => "block",
+            virtio_ids::VIRTIO_ID_NET => "network",
             virtio_ids::VIRTIO_ID_RNG => "entropy",
             virtio_ids::VIRTIO_ID_CONSOLE => "console",
             _ => "unknown",
@@ -376,6 +377,7 @@ mod tests {
             Box::new(Blk::new(disk, Options { queues: 2, ..Options::default() }).unwrap()),
             Box::new(Console::new(ConsoleOutput::default(), None)),
             Box::new(Vsock::new(HostPorts::default(), None).unwrap()),
+            Box::new(crate::net::peer::device()),
         ]
     }
 
@@ -494,7 +496,7 @@ mod tests {
         /// Whatever a driver does, in whatever order: the device neither panics nor hangs.
         #[test]
         fn a_hostile_driver_does_no_harm(
-            which in 0usize..4,
+            which in 0usize..5,
             rings in 0u32..4,
             filling in any::<[u8; 64]>(),
             steps in steps(),

@@ -12,7 +12,7 @@ use crate::mmio::MmioDevice;
 const RINGS: u64 = 0x10_0000;
 /// Free memory for buffers.
 pub const BUFFERS: u64 = 0x20_0000;
-/// The size of every queue.
+/// The size of every queue, unless the test says otherwise.
 pub const SIZE: u16 = 16;
 
 /// Indirect tables, from here to the end of memory.
@@ -45,6 +45,7 @@ pub struct Driver {
     pub device: MmioDevice,
     /// Guest memory: 4 MiB from 0.
     pub memory: GuestMemory,
+    size: u16,
     epoll: Epoll,
     available: Vec<u16>,
     used: Vec<u16>,
@@ -53,13 +54,22 @@ pub struct Driver {
 
 impl Driver {
     /// A device that was found and not yet set up.
-    pub fn new(mut device: Box<dyn VirtioDevice>) -> Self {
+    pub fn new(device: Box<dyn VirtioDevice>) -> Self {
+        Self::with_size(device, SIZE)
+    }
+
+    /// The same with queues of another size, a power of two up to 256; indirect tables are for the usual one.
+    pub fn with_size(mut device: Box<dyn VirtioDevice>, size: u16) -> Self {
         device.prepare();
-        Self::unprepared(device)
+        Self::as_it_is(device, size)
     }
 
     /// As [`Driver::new`], with a device that got nothing for later.
     pub fn unprepared(device: Box<dyn VirtioDevice>) -> Self {
+        Self::as_it_is(device, SIZE)
+    }
+
+    fn as_it_is(device: Box<dyn VirtioDevice>, size: u16) -> Self {
         let epoll = Epoll::new().unwrap();
         for (index, watch) in (0u64..).zip(device.watched()) {
             let events = match watch.trigger {
@@ -72,7 +82,7 @@ impl Driver {
         let device = MmioDevice::new(device, memory.clone()).unwrap();
         let count = device.queues().len();
         let none = vec![0; count];
-        Self { device, memory, epoll, available: none.clone(), used: none.clone(), next_descriptor: none }
+        Self { device, memory, size, epoll, available: none.clone(), used: none.clone(), next_descriptor: none }
     }
 
     /// Reads a register.
@@ -109,7 +119,7 @@ impl Driver {
         for queue in 0..self.available.len() as u32 {
             let rings = rings(queue as usize) as u32;
             self.write(0x30, queue);
-            self.write(0x38, SIZE.into());
+            self.write(0x38, self.size.into());
             for (register, offset) in [(0x80, 0), (0x90, AVAILABLE), (0xa0, USED)] {
                 self.write(register, rings + offset as u32);
                 self.write(register + 4, 0);
@@ -126,7 +136,7 @@ impl Driver {
         let head = self.next_descriptor[queue];
         for (position, buffer) in chain.iter().enumerate() {
             let index = self.next_descriptor[queue];
-            let next = (index + 1) % SIZE;
+            let next = (index + 1) % self.size;
             self.next_descriptor[queue] = next;
             let next = (position + 1 < chain.len()).then_some(next);
             self.describe(rings(queue) + u64::from(index) * 16, *buffer, next);
@@ -138,7 +148,7 @@ impl Driver {
     /// As [`Driver::offer`], in a table of its own (VIRTIO 1.2 §2.7.5.3).
     pub fn offer_indirect(&mut self, queue: usize, chain: &[Buffer]) -> u16 {
         let head = self.next_descriptor[queue];
-        self.next_descriptor[queue] = (head + 1) % SIZE;
+        self.next_descriptor[queue] = (head + 1) % self.size;
         let table = TABLES + (queue as u64 * u64::from(SIZE) + u64::from(head)) * u64::from(SIZE) * 16;
         for (index, buffer) in (0u16..).zip(chain) {
             let next = (usize::from(index) + 1 < chain.len()).then_some(index + 1);
@@ -160,7 +170,7 @@ impl Driver {
     }
 
     fn publish(&mut self, queue: usize, head: u16) {
-        let slot = rings(queue) + AVAILABLE + 4 + u64::from(self.available[queue] % SIZE) * 2;
+        let slot = rings(queue) + AVAILABLE + 4 + u64::from(self.available[queue] % self.size) * 2;
         self.memory.write_obj(head, GuestAddress(slot)).unwrap();
         self.set_available(queue, self.available[queue].wrapping_add(1));
     }
@@ -174,13 +184,13 @@ impl Driver {
 
     /// With EVENT_IDX: asks for an interrupt when the used index goes past `index` (VIRTIO 1.2 §2.7.7).
     pub fn set_used_event(&mut self, queue: usize, index: u16) {
-        let at = rings(queue) + AVAILABLE + 4 + u64::from(SIZE) * 2;
+        let at = rings(queue) + AVAILABLE + 4 + u64::from(self.size) * 2;
         self.memory.write_obj(index, GuestAddress(at)).unwrap();
     }
 
     /// With EVENT_IDX: past which available index the device wants to be notified.
     pub fn available_event(&self, queue: usize) -> u16 {
-        self.memory.read_obj(GuestAddress(rings(queue) + USED + 4 + u64::from(SIZE) * 8)).unwrap()
+        self.memory.read_obj(GuestAddress(rings(queue) + USED + 4 + u64::from(self.size) * 8)).unwrap()
     }
 
     /// Whether the device interrupted since it was last asked.
@@ -191,7 +201,7 @@ impl Driver {
     /// Takes the chain that was offered last back; the device must not have used it.
     pub fn retract(&mut self, queue: usize) {
         self.set_available(queue, self.available[queue].wrapping_sub(1));
-        self.next_descriptor[queue] = (self.next_descriptor[queue] + SIZE - 1) % SIZE;
+        self.next_descriptor[queue] = (self.next_descriptor[queue] + self.size - 1) % self.size;
     }
 
     /// The next used chain of a queue: its head and how many bytes the device wrote.
@@ -201,7 +211,7 @@ impl Driver {
         if index == self.used[queue] {
             return None;
         }
-        let slot = rings + USED + 4 + u64::from(self.used[queue] % SIZE) * 8;
+        let slot = rings + USED + 4 + u64::from(self.used[queue] % self.size) * 8;
         self.used[queue] = self.used[queue].wrapping_add(1);
         let head: u32 = self.memory.read_obj(GuestAddress(slot)).unwrap();
         Some((head as u16, self.memory.read_obj(GuestAddress(slot + 4)).unwrap()))

@@ -8,12 +8,15 @@ use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::time::Duration;
 
+use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MQ};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::blk::{Blk, Options};
 use crate::console::{Console, ConsoleOutput};
 use crate::device::{Event, VirtioDevice};
 use crate::limit::{Limiter, Rate};
+use crate::net::peer::{SHORT_HEADER, Wire, tap};
+use crate::net::{Net, NetOptions};
 use crate::ring_io::RingIo;
 use crate::rng::Rng;
 use crate::testing::{BUFFERS, Buffer, Driver};
@@ -39,11 +42,10 @@ const CONFINED: &str = "DEVICES_CONFINED";
 
 /// Starts a device, has `drive` make it count, and breaks and resets it; gives the figures that are still zero.
 fn idle_figures(device: Box<dyn VirtioDevice>, queue: u16, drive: impl FnOnce(&mut Driver)) -> BTreeSet<&'static str> {
-    idle_figures_of(Driver::new(device), queue, drive)
+    idle_figures_of(Driver::new(device).start(), queue, drive)
 }
 
-fn idle_figures_of(driver: Driver, queue: u16, drive: impl FnOnce(&mut Driver)) -> BTreeSet<&'static str> {
-    let mut driver = driver.start();
+fn idle_figures_of(mut driver: Driver, queue: u16, drive: impl FnOnce(&mut Driver)) -> BTreeSet<&'static str> {
     if std::env::var_os(CONFINED).is_some() {
         jailer::process().unwrap();
         jailer::thread(jailer::Thread::EventLoop).unwrap();
@@ -67,7 +69,14 @@ fn idle_figures_of(driver: Driver, queue: u16, drive: impl FnOnce(&mut Driver)) 
 #[test]
 fn devices_do_nothing_that_is_not_allowed_to_the_event_loop() {
     let program = std::env::current_exe().unwrap();
-    for device in ["the_entropy_device", "the_console", "the_socket_device", "a_disk", "a_disk_without_a_ring"] {
+    for device in [
+        "the_entropy_device",
+        "the_console",
+        "the_socket_device",
+        "a_disk",
+        "a_disk_without_a_ring",
+        "a_network_device",
+    ] {
         let test = format!("tests::every_figure_of_{device}_counts");
         let output = Command::new(&program).args(["--exact", &test]).env(CONFINED, "1").output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout);
@@ -175,6 +184,47 @@ fn every_figure_of_a_disk_counts() {
 
 #[test]
 fn every_figure_of_a_disk_without_a_ring_counts() {
-    let idle = idle_figures_of(Driver::unprepared(limited_disk()), 0, use_disk);
+    let idle = idle_figures_of(Driver::unprepared(limited_disk()).start(), 0, use_disk);
     assert_eq!(idle, BTreeSet::from(["stalls", "uring", "cached_read_requests"]));
+}
+
+// That a tap is full, or fails, takes another tap; `net::tests` has them.
+
+#[test]
+fn every_figure_of_a_network_device_counts() {
+    let taps = tap(2);
+    let wire = Wire::open();
+    let (guest, host) = ([2, 0, 0, 0, 0, 2], [2, 0, 0, 0, 0, 1]);
+    let options = NetOptions { mac: Some(guest), pinned: true, mtu: None, receive: limiter(), transmit: limiter() };
+    let driver = Driver::new(Box::new(Net::new(taps, options)));
+    // Checksums left to the guest, of which the tap has to be told, and a control queue.
+    let driver = driver.start_with(1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_CTRL_VQ | 1 << VIRTIO_NET_F_MQ);
+    let frame = |to: [u8; 6], from: [u8; 6]| [&to[..], &from, &[0x88, 0xb5], &[0; 50]].concat();
+    let idle = idle_figures_of(driver, 0, |driver| {
+        let taps_are_ready = |driver: &mut Driver| (0..2).for_each(|tap| driver.device.dispatch(Event::Backend(tap)));
+        let send = |driver: &mut Driver, from: [u8; 6], length: u32| {
+            let bytes = [&[0; 12][..], &frame(host, from)].concat();
+            driver.memory.write_slice(&bytes, GuestAddress(BUFFERS)).unwrap();
+            driver.offer(1, &[data(0, length)]);
+            driver.device.dispatch(Event::Queue(1));
+        };
+        wire.send([0; SHORT_HEADER], &frame(guest, host));
+        taps_are_ready(driver);
+        for _ in 0..2 {
+            driver.offer(0, &[room(4096, 2048)]);
+            wire.send([0; SHORT_HEADER], &frame(guest, host));
+        }
+        driver.device.dispatch(Event::Queue(0));
+        for (from, length) in [(host, 76), (guest, 76)] {
+            send(driver, from, length);
+        }
+        driver.device.flush();
+        send(driver, guest, 13);
+        // Too little room for what is still in the tap.
+        driver.offer(0, &[room(4096, 20)]);
+        driver.device.dispatch(Event::Queue(0));
+        driver.offer(4, &[data(0, 2), room(4096, 1)]);
+        driver.device.dispatch(Event::Queue(4));
+    });
+    assert_eq!(idle, BTreeSet::from(["tap_errors", "transmit_tap_full"]));
 }
