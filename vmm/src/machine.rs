@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use api::config::VmConfig;
 use devices::GuestMemory;
 use devices::console::ConsoleOutput;
+use devices::net::tap::TapError;
 use devices::serial::Serial;
 use devices::vsock::ports::HostPorts;
 use kvm_bindings::{CpuId, kvm_userspace_memory_region};
@@ -77,6 +78,19 @@ pub enum MachineError {
     /// The command line is too long.
     #[error("the kernel command line is longer than {} bytes", layout::COMMAND_LINE_SIZE)]
     CommandLine(#[source] linux_loader::cmdline::Error),
+    /// There are more devices than interrupts.
+    #[error(
+        "the VM has {count} devices: its interrupt controller has pins for {most}, so give fewer drives or networks"
+    )]
+    TooManyDevices {
+        /// How many there are.
+        count: usize,
+        /// How many there can be.
+        most: usize,
+    },
+    /// A tap cannot be used.
+    #[error("cannot make the network device")]
+    Tap(#[from] TapError),
     /// A device cannot be made.
     #[error("cannot make the {device} device")]
     Device {

@@ -4,6 +4,7 @@
 
 mod drive;
 mod limits;
+mod network;
 
 use std::fs::File;
 use std::io::Read;
@@ -15,6 +16,7 @@ use thiserror::Error;
 
 pub use self::drive::{DRIVES_MAX, DriveConfig, DriveFile};
 pub use self::limits::{LimitsConfig, RateConfig};
+pub use self::network::{MacAddress, NETWORKS_MAX, NetworkConfig, QUEUE_PAIRS_MAX, TapConfig};
 
 /// The most vCPUs a VM can have: what its CPU table has room for, and what Firecracker allows.
 pub const VCPUS_MAX: u8 = 32;
@@ -95,6 +97,9 @@ pub struct VmConfig {
     /// Block devices, in the order in which the guest names them: `/dev/vda`, `/dev/vdb`, ….
     #[serde(default)]
     pub drives: Vec<DriveConfig>,
+    /// Network devices, in the order in which the guest names them: `eth0`, `eth1`, ….
+    #[serde(default)]
+    pub networks: Vec<NetworkConfig>,
     /// A socket path: the guest's vsock connection to port N of the host goes to the Unix socket `PATH_N`. Ports of
     /// the container's own session come before it.
     #[serde(default)]
@@ -164,6 +169,12 @@ pub enum ConfigError {
         /// The most allowed.
         most: u64,
     },
+    /// No interface can have this name.
+    #[error("{name:?} is no name of an interface: give 1 to 15 printable ASCII characters without /, : and %")]
+    InterfaceName {
+        /// The name.
+        name: String,
+    },
     /// A text has characters that its place cannot hold.
     #[error("{field} {value:?} has a character other than printable ASCII")]
     NotPrintable {
@@ -205,6 +216,8 @@ impl VmConfig {
         within("vcpus", self.vcpus.into(), 1, VCPUS_MAX.into())?;
         within("memory_mib", self.memory_mib.into(), MEMORY_MIB_MIN.into(), MEMORY_MIB_MAX.into())?;
         within("the number of drives", self.drives.len() as u64, 0, DRIVES_MAX as u64)?;
+        within("the number of networks", self.networks.len() as u64, 0, NETWORKS_MAX as u64)?;
+        self.networks.iter().try_for_each(NetworkConfig::check)?;
         let drives = self.drives.iter().map(|drive| ("block", drive.limits));
         let others = [("vsock", self.vsock_limits), ("entropy", self.entropy_limits), ("console", self.console_limits)];
         for (device, limits) in drives.chain(others) {
@@ -259,6 +272,17 @@ mod tests {
             let error = parse(&format!(r#"{{"kernel":"/k","memory_mib":128,{field}}}"#)).unwrap_err();
             assert!(matches!(error, ConfigError::Limit { device: named, .. } if named == *device), "{error}");
         }
+    }
+
+    #[test]
+    fn networks_are_bounded_and_checked() {
+        let networks = |count: usize, tap: &str| {
+            let list = vec![format!(r#"{{"tap":{{"name":"{tap}"}}}}"#); count].join(",");
+            parse(&format!(r#"{{"kernel":"/k","memory_mib":128,"networks":[{list}]}}"#))
+        };
+        assert_eq!(networks(NETWORKS_MAX, "tap0").unwrap().vm.networks.len(), NETWORKS_MAX);
+        assert!(matches!(networks(NETWORKS_MAX + 1, "tap0"), Err(ConfigError::OutOfRange { .. })));
+        assert!(matches!(networks(1, "a tap"), Err(ConfigError::InterfaceName { .. })));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod drive;
 mod limits;
+mod network;
 
 use std::sync::{Arc, Mutex};
 
@@ -16,7 +17,7 @@ use devices::vsock::Vsock;
 use devices::vsock::ports::HostPorts;
 use kvm_ioctls::{IoEventAddress, VmFd};
 
-use crate::layout::{VIRTIO, VIRTIO_IRQ};
+use crate::layout::{IRQ_LAST, VIRTIO, VIRTIO_IRQ};
 use crate::machine::{MachineError, kvm};
 
 /// Makes the devices that the configuration asks for, in the order in which the guest finds them.
@@ -41,11 +42,18 @@ pub(crate) fn devices(
         let blk = blk.map_err(failed("block"))?;
         devices.push(("block", Box::new(blk)));
     }
+    for network in &config.networks {
+        devices.push(("network", Box::new(network::attach(network)?)));
+    }
     let limiter = limits::limiter(config.entropy_limits).map_err(failed("entropy"))?;
     devices.push(("entropy", Box::new(Rng::new(limiter))));
     let limiter = limits::limiter(config.console_limits).map_err(failed("console"))?;
     devices.push(("console", Box::new(Console::new(console.clone(), limiter))));
 
+    let (count, most) = (devices.len(), (IRQ_LAST - VIRTIO_IRQ + 1) as usize);
+    if count > most {
+        return Err(MachineError::TooManyDevices { count, most });
+    }
     (0u32..)
         .zip(devices)
         .map(|(index, (name, device))| {
