@@ -25,6 +25,7 @@ const TEST_PACKAGES: &[&str] = &[
     "docker-registry",
     "e2fsprogs",
     "erofs-utils",
+    "iproute2",
     "jq",
     "mmdebstrap",
     "python3",

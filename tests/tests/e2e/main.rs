@@ -13,6 +13,7 @@ mod hostile;
 mod images;
 mod life;
 mod limits;
+mod network;
 mod programs;
 mod signals;
 mod soak;
