@@ -200,6 +200,14 @@ impl<'a> Control<'a> {
         self.found.alive && self.ended().is_some_and(|end| self.restarts(&end))
     }
 
+    /// Whether a restart policy given now would be followed: it does not live, or there is a process above its monitor.
+    pub fn can_be_restarted(&self) -> bool {
+        let supervised = || api::lock::open(&self.found.folder).ok().flatten();
+        !self.found.alive
+            || self.found.record.restart.is_some()
+            || supervised().is_some_and(|lock| api::lock::owner(lock, api::lock::Byte::Supervisor).is_some())
+    }
+
     fn was_started(&self) -> bool {
         self.found.folder.join(CONFIG).exists()
     }

@@ -300,7 +300,8 @@ impl RunRoot {
         Ok((state, record))
     }
 
-    /// Changes the record of a container, whether it lives or not, and the limits of its next start by its restart policy.
+    /// Changes the record of a container, whether it lives or not, and with it the next start by its restart policy: its
+    /// limits, and the policy itself.
     ///
     /// # Errors
     /// `change` says no, the record is damaged or gone, or the file system does not let us.
@@ -314,17 +315,18 @@ impl RunRoot {
         // Who removes it removes the record first, and under the same lock: what is here stays while it is written anew.
         let record = Record::load(folder, id).ok_or_else(|| StateError::NoSuchContainer { key: id.clone() })?;
         let mut record = record.usable()?;
+        let was_restarted = record.restart.is_some();
         change(&mut record)?;
         let bytes = serde_json::to_vec(&record).map_err(|error| failed("encode", folder)(error.into()))?;
         write(folder, crate::record::NAME, &bytes)?;
         // What starts it again knows nothing but the document that it was started with.
-        if record.restart.is_some()
+        if (was_restarted || record.restart.is_some())
             && self.is_alive(id)
-            && let Ok(LaunchConfig { container: Some(mut container), vm, folder: place, restart }) =
+            && let Ok(LaunchConfig { container: Some(mut container), vm, folder: place, .. }) =
                 LaunchConfig::read(&folder.join(CONFIG))
         {
             container.spec.limits = record.container.spec.limits;
-            let config = LaunchConfig { container: Some(container), vm, folder: place, restart };
+            let config = LaunchConfig { container: Some(container), vm, folder: place, restart: record.restart };
             let bytes = serde_json::to_vec(&config).map_err(|error| failed("encode", folder)(error.into()))?;
             write(folder, CONFIG, &bytes)?;
         }

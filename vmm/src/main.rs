@@ -77,13 +77,13 @@ fn parse(mut arguments: impl Iterator<Item = OsString>) -> Result<Command> {
     Ok(Command::Run { config: config.context(USAGE)?, api, supervised })
 }
 
-fn run(config: &Path, api: Option<i32>, supervised: bool, started: u64) -> Result<u8> {
+fn run(document: &Path, api: Option<i32>, supervised: bool, started: u64) -> Result<u8> {
     jailer::process()?;
-    let config = LaunchConfig::read(config)?;
-    if let (Some(policy), Some(folder), false) = (config.restart, &config.folder, supervised) {
+    let config = LaunchConfig::read(document)?;
+    if let (Some(_), Some(folder), false) = (config.restart, &config.folder, supervised) {
         lock::take(folder, Byte::Supervisor).context(LOCKING)?;
         let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
-        return restart::supervise(policy, folder, &arguments).map_err(|error| {
+        return restart::supervise(document, folder, &arguments).map_err(|error| {
             monitor::record_failure(folder, &format!("cannot start the monitor again: {error}"));
             anyhow::Error::from(error).context("cannot start the monitor again")
         });

@@ -11,7 +11,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use api::config::RestartPolicy;
+use api::config::{LaunchConfig, RestartPolicy};
 use api::record::{self, End};
 
 /// Tells a monitor that it has one of these above it.
@@ -23,11 +23,12 @@ const LONGEST_WAIT: Duration = Duration::from_secs(60);
 /// A container that ran so long starts well: waits begin anew.
 const GOOD_RUN: Duration = Duration::from_secs(10);
 
-/// Runs this program with the same arguments until the policy has it no more. Gives the last exit code.
+/// Runs this program with the same arguments until the policy has it no more. Gives the last exit code. The policy is the
+/// one that stands in `config` when it is asked for: it can be changed meanwhile.
 ///
 /// # Errors
 /// It cannot be executed.
-pub fn supervise(policy: RestartPolicy, folder: &Path, arguments: &[OsString]) -> io::Result<u8> {
+pub fn supervise(config: &Path, folder: &Path, arguments: &[OsString]) -> io::Result<u8> {
     let program = std::env::current_exe()?;
     let (mut restarts, mut wait) = (0, FIRST_WAIT);
     loop {
@@ -40,10 +41,16 @@ pub fn supervise(policy: RestartPolicy, folder: &Path, arguments: &[OsString]) -
         if began.elapsed() >= GOOD_RUN {
             (restarts, wait) = (0, FIRST_WAIT);
         }
-        if !again(policy, end.as_ref(), code, restarts) {
+        // A document that cannot be read any more has no policy either.
+        let policy = || LaunchConfig::read(config).ok().and_then(|config| config.restart);
+        let wanted = || policy().is_some_and(|policy| again(policy, end.as_ref(), code, restarts));
+        let stays = wanted() && {
+            thread::sleep(wait);
+            wanted()
+        };
+        if !stays {
             return Ok(code.unwrap_or(api::control::EXIT_FAILED));
         }
-        thread::sleep(wait);
         (restarts, wait) = (restarts + 1, (wait * 2).min(LONGEST_WAIT));
         // It is running again: how it ended before is not how it is. There may be none.
         let _ = fs::remove_file(folder.join(record::NAME));

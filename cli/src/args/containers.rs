@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use runtime::request::{EnvEntry, PidsLimit, SignalName};
+use runtime::request::{EnvEntry, PidsLimit, Restart, SignalName};
 use runtime::size::{Bytes, Cpus};
 
 use crate::show::Format;
@@ -226,6 +226,9 @@ pub struct Update {
     /// The most processes, -1 for no limit
     #[arg(long, value_name = "NUMBER", allow_hyphen_values = true)]
     pub pids_limit: Option<PidsLimit>,
+    /// When to start it again: no, always, unless-stopped or on-failure[:NUMBER]
+    #[arg(long, value_name = "POLICY")]
+    pub restart: Option<Restart>,
     /// Which.
     #[command(flatten)]
     pub names: Names,

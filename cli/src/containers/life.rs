@@ -6,7 +6,9 @@ use anyhow::bail;
 use api::control::EXIT_FAILED;
 use api::model::LimitsUpdate;
 use hyper::Method;
-use runtime::control::ControlError;
+use runtime::control::{Control, ControlError};
+use runtime::record::Record;
+use runtime::request::Restart;
 use runtime::run::NOTHING;
 use runtime::size::{Host, MIB, Sizes};
 use runtime::state::{RunRoot, StateError};
@@ -69,42 +71,21 @@ pub fn pause(args: &Names, paused: bool) -> anyhow::Result<u8> {
     })
 }
 
-/// Changes limits: those of now, and those of the next start.
+/// Changes limits and the restart policy: those of now, and those of the next start.
 pub fn update(args: &Update) -> anyhow::Result<u8> {
-    if args.cpus.is_none() && args.memory.is_none() && args.pids_limit.is_none() {
-        bail!("there is nothing to change: give --cpus, --memory or --pids-limit");
+    if args.cpus.is_none() && args.memory.is_none() && args.pids_limit.is_none() && args.restart.is_none() {
+        bail!("there is nothing to change: give --cpus, --memory, --pids-limit or --restart");
     }
     let sizes = Sizes::new(args.cpus, args.memory.map(|bytes| bytes.0), Host::read())?;
     let root = RunRoot::open()?;
     each(&args.names.containers, async |name, control| {
-        let mut update = LimitsUpdate::default();
         if let Some(damage) = control.found.record.damage.clone() {
             return Err(StateError::Damaged { id: control.found.record.id.clone(), damage }.into());
         }
-        let (most_memory, most_cpus) = (control.found.record.memory_mib, control.found.record.vcpus);
-        if args.memory.is_some() {
-            if sizes.memory_limit > u64::from(most_memory) * MIB {
-                let mib = sizes.memory_limit / MIB;
-                bail!(
-                    "{mib} MiB are more than the {most_memory} MiB that the VM of container {name} has: make a new container with more"
-                );
-            }
-            update.memory_bytes = Some(sizes.memory_limit);
-        }
-        if args.cpus.is_some() {
-            if sizes.vcpus > most_cpus {
-                let cpus = sizes.vcpus;
-                bail!(
-                    "{cpus} CPUs are more than the {most_cpus} that the VM of container {name} has: make a new container with more"
-                );
-            }
-            update.cpu_quota_us = Some(sizes.cpu_quota_us.unwrap_or(u64::MAX));
-        }
-        if let Some(pids) = args.pids_limit {
-            update.pids = Some(pids.0.unwrap_or(u64::MAX));
-        }
+        check_restart(args.restart, name, &control)?;
+        let update = limits(args, &sizes, name, &control.found.record)?;
         // Nobody would answer for one that waits to be started again.
-        if control.found.alive && !control.is_restarting() {
+        if update != LimitsUpdate::default() && control.found.alive && !control.is_restarting() {
             let path = format!("{}/limits", control.path());
             control.client.act(Method::PATCH, &path, Some(&update)).await.map_err(ControlError::from)?;
         }
@@ -118,8 +99,53 @@ pub fn update(args: &Update) -> anyhow::Result<u8> {
             given(update.memory_bytes, &mut limits.memory_bytes);
             given(update.cpu_quota_us, &mut limits.cpu_quota_us);
             given(update.pids, &mut limits.pids);
+            if let Some(Restart(policy)) = args.restart {
+                record.restart = policy;
+            }
             anyhow::Ok(())
         })?;
         done(name)
     })
+}
+
+/// Whether a restart policy can be had by a container as it is.
+fn check_restart(restart: Option<Restart>, name: &str, control: &Control<'_>) -> anyhow::Result<()> {
+    if !matches!(restart, Some(Restart(Some(_)))) {
+        return Ok(());
+    }
+    if control.found.record.auto_remove {
+        bail!("container {name} goes when it ends (--rm), which excludes a restart policy");
+    }
+    if !control.can_be_restarted() {
+        bail!("container {name} runs without a restart policy: stop it, give it one, and start it");
+    }
+    Ok(())
+}
+
+/// The limits that are asked for, as far as the container's VM can have them.
+fn limits(args: &Update, sizes: &Sizes, name: &str, record: &Record) -> anyhow::Result<LimitsUpdate> {
+    let mut update = LimitsUpdate::default();
+    let (most_memory, most_cpus) = (record.memory_mib, record.vcpus);
+    if args.memory.is_some() {
+        if sizes.memory_limit > u64::from(most_memory) * MIB {
+            let mib = sizes.memory_limit / MIB;
+            bail!(
+                "{mib} MiB are more than the {most_memory} MiB that the VM of container {name} has: make a new container with more"
+            );
+        }
+        update.memory_bytes = Some(sizes.memory_limit);
+    }
+    if args.cpus.is_some() {
+        if sizes.vcpus > most_cpus {
+            let cpus = sizes.vcpus;
+            bail!(
+                "{cpus} CPUs are more than the {most_cpus} that the VM of container {name} has: make a new container with more"
+            );
+        }
+        update.cpu_quota_us = Some(sizes.cpu_quota_us.unwrap_or(u64::MAX));
+    }
+    if let Some(pids) = args.pids_limit {
+        update.pids = Some(pids.0.unwrap_or(u64::MAX));
+    }
+    Ok(update)
 }

@@ -147,3 +147,20 @@ fn a_policy_starts_it_again_until_it_is_stopped() {
     let refused = sandbox.run(&["--restart", "always"], "busybox", &["true"]).end();
     refused.failed(125, &["--rm and --restart"]);
 }
+
+#[test]
+fn a_policy_can_be_given_and_taken() {
+    let sandbox = Sandbox::new();
+    let subject = sandbox.detached("subject", &[], "busybox", &["sh", "-c", "echo run; sleep 2"]);
+    let given = subject.verb("update", &["--restart", "always"], &[]).end();
+    given.failed(1, &["container subject runs without a restart policy"]);
+    assert_eq!(subject.verb("wait", &[], &[]).end().succeeded(), "0\n");
+    assert_eq!(subject.verb("update", &["--restart", "always"], &[]).end().succeeded(), "subject\n");
+    assert_eq!(subject.verb("start", &[], &[]).end().succeeded(), "subject\n");
+    let twice = "until [ \"$(\"$COFFERDAM\" logs subject | grep -c run)\" -ge 3 ]; do sleep 0.5; done";
+    assert_eq!(sandbox.program("sh", ["-c", twice]).end().succeeded(), "");
+    assert_eq!(subject.verb("update", &["--restart", "no"], &[]).end().succeeded(), "subject\n");
+    let ended = "until \"$COFFERDAM\" ps -a --format state | grep -q exited; do sleep 0.5; done";
+    assert_eq!(sandbox.program("sh", ["-c", ended]).end().succeeded(), "");
+    assert!(sandbox.monitors().is_empty());
+}
