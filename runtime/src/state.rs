@@ -172,7 +172,12 @@ impl RunRoot {
                     Ok(()) | Err(Errno::EXIST) => {}
                     Err(errno) => return Err(errno),
                 },
-                locked => return locked,
+                Err(errno) => {
+                    // There was room for the directory and none for the file. Not empty, it is somebody's.
+                    _ = rustix::fs::unlinkat(&self.directory, id.as_str(), AtFlags::REMOVEDIR);
+                    return Err(errno);
+                }
+                Ok(lock) => return Ok(lock),
             }
         }
     }
@@ -339,12 +344,15 @@ impl RunRoot {
         let Ok(entries) = fs::read_dir(&self.path) else { return };
         for name in entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
             // Looked at again under the lock: it may have been made meanwhile.
-            if is_id(&name)
-                && !self.is_kept(&name)
-                && let Ok(_lock) = self.lock(&name, Wait::No, OFlags::CREATE)
-                && !self.is_kept(&name)
-            {
-                _ = fs::remove_dir_all(self.path.join(name));
+            if !is_id(&name) || self.is_kept(&name) {
+                continue;
+            }
+            match self.lock(&name, Wait::No, OFlags::CREATE) {
+                Ok(_lock) if !self.is_kept(&name) => _ = fs::remove_dir_all(self.path.join(name)),
+                // On a full disk one without the file cannot be locked. Without the file it is empty, or not ours to remove;
+                // and who has just made it makes it again.
+                Err(Errno::NOSPC | Errno::DQUOT) => _ = fs::remove_dir(self.path.join(name)),
+                _ => {}
             }
         }
         let names = self.path.join(NAMES);

@@ -31,6 +31,7 @@ const TEST_PACKAGES: &[&str] = &[
     "python3",
     "python3-venv",
     "runc",
+    "strace",
 ];
 
 /// Installs every Debian package that building, testing and the demo need; does nothing when all are there.

@@ -9,6 +9,7 @@ mod bad_input;
 mod copy;
 mod exec;
 mod exit_codes;
+mod faults;
 mod hostile;
 mod images;
 mod life;
