@@ -97,7 +97,9 @@ fn runs_already(name: &str, control: &Control<'_>, attach: bool) -> anyhow::Resu
     if status.restarting {
         bail!("container {name} is about to be started again by its restart policy: stop it first");
     }
-    if !running.contains(&status.state.status) {
+    // Its monitor is there and brings it up: another start has come before.
+    let comes_up = status.state.status == ContainerStatus::Creating && status.live.is_some();
+    if !comes_up && !running.contains(&status.state.status) {
         return Err(ControlError::Busy { name: name.to_owned() }.into());
     }
     if attach {

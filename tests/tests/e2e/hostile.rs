@@ -13,6 +13,18 @@ use tests::sandbox::Sandbox;
 /// How long any verb that does not need the agent may take, in the slowest lab.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// The verbs that need the agent, and the point of the conversation that each is answered at.
+const VERBS: [(&str, &[&str]); 8] = [
+    ("exec", &["exec", "liar", "true"]),
+    ("stats", &["stats", "--no-stream", "liar"]),
+    ("processes", &["top", "liar"]),
+    ("freeze", &["pause", "liar"]),
+    ("update", &["update", "--pids-limit", "10", "liar"]),
+    ("copy-out", &["cp", "liar:/etc", "."]),
+    ("copy-in", &["cp", "behaviour", "liar:/tmp"]),
+    ("signal", &["kill", "-s", "USR1", "liar"]),
+];
+
 /// A guest that was started with a hostile agent.
 struct Guest {
     sandbox: Sandbox,
@@ -114,17 +126,7 @@ fn an_agent_that_is_only_odd_does_no_harm() {
 
 #[test]
 fn an_agent_that_turns_later_is_an_error_of_the_one_verb() {
-    let verbs: [(&str, &[&str]); 8] = [
-        ("exec", &["exec", "liar", "true"]),
-        ("stats", &["stats", "--no-stream", "liar"]),
-        ("processes", &["top", "liar"]),
-        ("freeze", &["pause", "liar"]),
-        ("update", &["update", "--pids-limit", "10", "liar"]),
-        ("copy-out", &["cp", "liar:/etc", "."]),
-        ("copy-in", &["cp", "behaviour", "liar:/tmp"]),
-        ("signal", &["kill", "-s", "USR1", "liar"]),
-    ];
-    for (index, (point, verb)) in verbs.into_iter().enumerate() {
+    for (index, (point, verb)) in VERBS.into_iter().enumerate() {
         let tricks = ["garbage", "loud", "unasked", "another", "silence", "huge"];
         // Each point gets three of them, and over all points each trick is played four times.
         for trick in (0..3).map(|turn| tricks[(index + 2 * turn) % tricks.len()]) {
@@ -137,6 +139,20 @@ fn an_agent_that_turns_later_is_an_error_of_the_one_verb() {
             }
             guest.can_be_removed();
         }
+    }
+}
+
+#[test]
+fn an_agent_that_dies_in_a_verb_ends_its_container() {
+    for (point, verb) in VERBS {
+        let guest = Guest::new(point, "panic");
+        assert_eq!(guest.start(60).code(), 0, "{}", guest.case);
+        let ended = guest.verb(30, verb);
+        assert!(!matches!(ended.code(), 0 | 137), "{}: {ended:?}", guest.case);
+        is_clear(&guest.case, &ended);
+        let told = guest.verb(30, &["inspect", "--format", "state.status", "liar"]);
+        assert_eq!(told.succeeded(), "exited\n", "{}", guest.case);
+        guest.can_be_removed();
     }
 }
 
