@@ -4,8 +4,9 @@
 //! - [`device`]: the contract between a device and its transport.
 //! - [`queue`]: a virtqueue as devices use it: bounded, and broken for good when the driver breaks the rules.
 //! - [`mmio`]: the virtio-mmio transport; owns the queues and drives the device from the event loop.
-//! - [`blk`], [`console`], [`rng`], [`vsock`]: one device a file or folder, each in the same order: what it is, its
+//! - [`balloon`], [`blk`], [`console`], [`rng`], [`vsock`]: one device a file or folder, each in the same order: what it is, its
 //!   limits, its errors, the device, its request processing, its tests.
+//! - [`reclaim`]: giving guest memory back to the host.
 //! - [`limit`]: token buckets for devices that move data.
 //! - [`serial`]: an early-boot aid, not a virtio device.
 //!
@@ -14,6 +15,7 @@
 //! gets an error status; a queue that makes no sense breaks its device (DEVICE_NEEDS_RESET) until the driver resets it.
 //! Neither can make the monitor panic, wait, or allocate more than the constants in these files say.
 
+pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod device;
@@ -21,6 +23,7 @@ pub mod guest_io;
 pub mod limit;
 pub mod mmio;
 pub mod queue;
+pub mod reclaim;
 pub mod rng;
 pub mod serial;
 #[cfg(test)]

@@ -98,6 +98,7 @@ impl MmioDevice {
     /// The device's kind in a word.
     pub fn kind(&self) -> &'static str {
         match self.device.device_type() {
+            virtio_ids::VIRTIO_ID_BALLOON => "balloon",
             virtio_ids::VIRTIO_ID_VSOCK => "vsock",
             virtio_ids::VIRTIO_ID_BLOCK => "block",
             virtio_ids::VIRTIO_ID_RNG => "entropy",
@@ -359,6 +360,8 @@ mod tests {
     use vm_memory::Bytes;
 
     use super::*;
+    use crate::balloon::Balloon;
+    use crate::balloon::host::HostBalloon;
     use crate::blk::Blk;
     use crate::console::{Console, ConsoleOutput};
     use crate::rng::Rng;
@@ -374,6 +377,7 @@ mod tests {
             Box::new(Blk::new(disk, false, "disk").unwrap()),
             Box::new(Console::new(ConsoleOutput::default())),
             Box::new(Vsock::new(HostPorts::default()).unwrap()),
+            Box::new(Balloon::new(HostBalloon::new().unwrap())),
         ]
     }
 
@@ -472,7 +476,7 @@ mod tests {
 
         /// Whatever a driver does, in whatever order: the device neither panics nor hangs.
         #[test]
-        fn a_hostile_driver_does_no_harm(which in 0usize..4, filling in any::<[u8; 64]>(), steps in steps()) {
+        fn a_hostile_driver_does_no_harm(which in 0..devices().len(), filling in any::<[u8; 64]>(), steps in steps()) {
             let mut driver = Driver::new(devices().swap_remove(which)).start();
             for page in 0..64 {
                 driver.memory.write_slice(&filling, vm_memory::GuestAddress(page * 4096)).unwrap();

@@ -63,9 +63,16 @@ impl Driver {
     }
 
     /// Negotiates virtio 1 and nothing else, sets all queues up and starts the device.
-    pub fn start(mut self) -> Self {
+    pub fn start(self) -> Self {
+        self.start_with(0)
+    }
+
+    /// Negotiates virtio 1 and these features of the device's own, sets all queues up and starts the device.
+    pub fn start_with(mut self, features: u32) -> Self {
         self.write(0x70, 1);
         self.write(0x70, 3);
+        self.write(0x24, 0);
+        self.write(0x20, features);
         self.write(0x24, 1);
         self.write(0x20, 1); // VIRTIO_F_VERSION_1
         self.write(0x70, FEATURES_ACCEPTED);

@@ -93,6 +93,7 @@ pub fn vm((vcpus, memory_mib): (u8, u32), kernel: PathBuf, initramfs: PathBuf, i
         vcpus,
         memory_mib,
         drives: vec![DriveConfig { file: DriveFile::Descriptor(image), read_only: true }],
+        balloon: true,
         vsock: None,
         serial: false,
     }

@@ -108,6 +108,8 @@ pub struct Machine {
     pub bus: Bus,
     /// What the guest prints.
     pub console: ConsoleOutput,
+    /// What can be done with its memory.
+    pub(crate) memory: attach::memory::Controls,
     /// The VM itself, to be held as long as it runs.
     pub vm: VmFd,
 }
@@ -132,12 +134,14 @@ pub fn build(config: &VmConfig, ports: HostPorts, echo_console: bool) -> Result<
     vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
 
     let console = ConsoleOutput::new(echo_console);
-    let devices = attach::devices(config, &vm, &guest, ports, &console)?;
+    let controls = attach::memory::Controls::new(config);
+    let controls = controls.map_err(|source| MachineError::Device { device: "balloon", source })?;
+    let devices = attach::devices(config, &vm, &guest, ports, &console, &controls)?;
     let serial = config.serial.then(|| Arc::new(Mutex::new(Serial::new(console.clone()))));
     describe(config, &guest, devices.len(), initramfs)?;
     let vcpus = add_vcpus(&kvm_device, &vm, &guest, config.vcpus, kernel.entry)?;
     populating.finish();
-    Ok(Machine { vcpus, bus: Bus { devices: devices.into(), serial }, console, vm })
+    Ok(Machine { vcpus, bus: Bus { devices: devices.into(), serial }, console, memory: controls, vm })
 }
 
 fn add_memory(vm: &VmFd, guest: &GuestMemory) -> Result<(), MachineError> {

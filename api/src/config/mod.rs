@@ -93,6 +93,9 @@ pub struct VmConfig {
     /// Block devices, in the order in which the guest names them: `/dev/vda`, `/dev/vdb`, ….
     #[serde(default)]
     pub drives: Vec<DriveConfig>,
+    /// Whether the guest can give memory up, and reports memory that it does not use for now: both are the host's then.
+    #[serde(default)]
+    pub balloon: bool,
     /// A socket path: the guest's vsock connection to port N of the host goes to the Unix socket `PATH_N`. Ports of
     /// the container's own session come before it.
     #[serde(default)]

@@ -41,7 +41,7 @@ pub enum VmState {
 /// A device of a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Device {
-    /// What it is: `vsock`, `block`, `entropy` or `console`.
+    /// What it is: `vsock`, `block`, `entropy`, `console` or `balloon`.
     pub kind: String,
     /// What the driver has set up so far: `reset`, `ready` or `broken` (it broke a rule and must reset the device).
     pub status: String,

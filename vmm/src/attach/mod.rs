@@ -1,11 +1,13 @@
 //! From the configuration to devices that are connected with the VM: one file for each kind that has a backend on the host.
 
 mod drive;
+pub(crate) mod memory;
 
 use std::sync::{Arc, Mutex};
 
 use api::config::VmConfig;
 use devices::GuestMemory;
+use devices::balloon::Balloon;
 use devices::blk::Blk;
 use devices::console::{Console, ConsoleOutput};
 use devices::device::VirtioDevice;
@@ -28,6 +30,7 @@ pub(crate) fn devices(
     guest: &GuestMemory,
     ports: HostPorts,
     console: &ConsoleOutput,
+    memory: &memory::Controls,
 ) -> Result<Vec<Arc<Mutex<MmioDevice>>>, MachineError> {
     let failed = |device| move |source| MachineError::Device { device, source };
     // Vsock first: the agent waits for it, and the kernel probes in this order.
@@ -40,6 +43,10 @@ pub(crate) fn devices(
     }
     devices.push(("entropy", Box::new(Rng)));
     devices.push(("console", Box::new(Console::new(console.clone()))));
+    // Last: nobody waits for those.
+    if let Some(balloon) = &memory.balloon {
+        devices.push(("balloon", Box::new(Balloon::new(balloon.clone()))));
+    }
 
     (0u32..)
         .zip(devices)
