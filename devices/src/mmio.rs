@@ -99,6 +99,7 @@ impl MmioDevice {
     pub fn kind(&self) -> &'static str {
         match self.device.device_type() {
             virtio_ids::VIRTIO_ID_BALLOON => "balloon",
+            virtio_ids::VIRTIO_ID_MEM => "memory",
             virtio_ids::VIRTIO_ID_VSOCK => "vsock",
             virtio_ids::VIRTIO_ID_BLOCK => "block",
             virtio_ids::VIRTIO_ID_RNG => "entropy",
@@ -364,6 +365,8 @@ mod tests {
     use crate::balloon::host::HostBalloon;
     use crate::blk::Blk;
     use crate::console::{Console, ConsoleOutput};
+    use crate::mem::Mem;
+    use crate::mem::host::HostMem;
     use crate::rng::Rng;
     use crate::testing::{BUFFERS, Buffer, Driver};
     use crate::vsock::Vsock;
@@ -378,6 +381,7 @@ mod tests {
             Box::new(Console::new(ConsoleOutput::default())),
             Box::new(Vsock::new(HostPorts::default()).unwrap()),
             Box::new(Balloon::new(HostBalloon::new().unwrap())),
+            Box::new(Mem::new(HostMem::new(2 << 20).unwrap(), 2 << 20)),
         ]
     }
 

@@ -92,6 +92,7 @@ pub fn vm((vcpus, memory_mib): (u8, u32), kernel: PathBuf, initramfs: PathBuf, i
         command_line: String::new(),
         vcpus,
         memory_mib,
+        memory_max_mib: None,
         drives: vec![DriveConfig { file: DriveFile::Descriptor(image), read_only: true }],
         balloon: true,
         vsock: None,

@@ -20,7 +20,7 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use thiserror::Error;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::attach;
+use crate::attach::{self, memory::Controls};
 use crate::boot::{command_line, kernel, mp_table, registers, zero_page};
 use crate::cpuid;
 use crate::layout::{self, IRQ_LAST, PAGE, SERIAL_IRQ, VIRTIO_IRQ};
@@ -109,7 +109,7 @@ pub struct Machine {
     /// What the guest prints.
     pub console: ConsoleOutput,
     /// What can be done with its memory.
-    pub(crate) memory: attach::memory::Controls,
+    pub(crate) memory: Controls,
     /// The VM itself, to be held as long as it runs.
     pub vm: VmFd,
 }
@@ -128,15 +128,14 @@ pub fn build(config: &VmConfig, ports: HostPorts, echo_console: bool) -> Result<
     let place = initramfs.as_ref().map(|initramfs| initramfs.address);
     let populating = populate::start(&guest, kernel.file_end..kernel.end, place);
 
+    let (all, controls) = Controls::new(config, &guest)?;
     let vm = kvm_device.create_vm().map_err(kvm("create a VM"))?;
-    add_memory(&vm, &guest)?;
+    add_memory(&vm, &all)?;
     vm.set_tss_address(layout::TSS).map_err(kvm("place the task state segment"))?;
     vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
 
     let console = ConsoleOutput::new(echo_console);
-    let controls = attach::memory::Controls::new(config);
-    let controls = controls.map_err(|source| MachineError::Device { device: "balloon", source })?;
-    let devices = attach::devices(config, &vm, &guest, ports, &console, &controls)?;
+    let devices = attach::devices(config, &vm, &all, ports, &console, &controls)?;
     let serial = config.serial.then(|| Arc::new(Mutex::new(Serial::new(console.clone()))));
     describe(config, &guest, devices.len(), initramfs)?;
     let vcpus = add_vcpus(&kvm_device, &vm, &guest, config.vcpus, kernel.entry)?;
@@ -168,7 +167,9 @@ fn describe(
     initramfs: Option<Initramfs>,
 ) -> Result<(), MachineError> {
     let initramfs = initramfs.map(|initramfs| initramfs.copy(guest)).transpose()?;
-    let line = command_line::build(devices, config.serial, &config.command_line).map_err(MachineError::CommandLine)?;
+    let pluggable = config.memory_max_mib.is_some();
+    let line = command_line::build(devices, config.serial, pluggable, &config.command_line);
+    let line = line.map_err(MachineError::CommandLine)?;
     let line = line.as_cstring().map_err(MachineError::CommandLine)?;
     let line = line.as_bytes_with_nul();
     memory::write(guest, line, layout::COMMAND_LINE)?;

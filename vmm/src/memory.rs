@@ -11,6 +11,7 @@
 use std::fs::File;
 use std::io;
 use std::ptr::null_mut;
+use std::sync::Arc;
 
 use devices::GuestMemory;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
@@ -20,7 +21,7 @@ use vm_memory::{
     VolatileMemoryError,
 };
 
-use crate::layout::{ABOVE_4G, DEVICE_HOLE, HUGE_PAGE, PAGE};
+use crate::layout::{ABOVE_4G, BEHIND_RAM_ALIGNMENT, DEVICE_HOLE, HUGE_PAGE, PAGE};
 
 /// Why guest memory is not as asked for.
 #[derive(Debug, Error)]
@@ -65,6 +66,18 @@ pub fn reserve(size_mib: u32) -> Result<GuestMemory, MemoryError> {
         regions.push(region(ABOVE_4G, size - low)?);
     }
     GuestMemory::from_regions(regions).map_err(|error| MemoryError::Arrange(error.into()))
+}
+
+/// Reserves more memory behind RAM, for devices and the guest to reach, but of which the guest is not told as of RAM; and
+/// says where it begins.
+///
+/// # Errors
+/// As [`reserve`].
+pub fn reserve_behind(ram: &GuestMemory, size: u64) -> Result<(GuestMemory, u64), MemoryError> {
+    let end = ram.iter().map(|region| region.start_addr().0 + region.len()).max().unwrap_or(0);
+    let start = end.max(ABOVE_4G).next_multiple_of(BEHIND_RAM_ALIGNMENT);
+    let all = ram.insert_region(Arc::new(region(start, size)?));
+    Ok((all.map_err(|error| MemoryError::Arrange(error.into()))?, start))
 }
 
 fn region(base: u64, size: u64) -> Result<GuestRegionMmap, MemoryError> {
@@ -163,6 +176,21 @@ mod tests {
         let memory = reserve(3 * 1024 + 16).unwrap();
         let regions: Vec<_> = memory.iter().map(|region| (region.start_addr().0, region.len())).collect();
         assert_eq!(regions, [(0, DEVICE_HOLE), (ABOVE_4G, 16 << 20)]);
+    }
+
+    #[test]
+    fn memory_behind_ram_is_no_part_of_it() {
+        for (ram_mib, expected) in [(64, ABOVE_4G), (3 * 1024, ABOVE_4G), (3 * 1024 + 16, 6 << 30)] {
+            let ram = reserve(ram_mib).unwrap();
+            let (all, start) = reserve_behind(&ram, 128 << 20).unwrap();
+            assert_eq!(start, expected, "{ram_mib}");
+            assert_eq!(all.num_regions(), ram.num_regions() + 1);
+            all.write_obj(7u8, GuestAddress(start + (128 << 20) - 1)).unwrap();
+            assert!(ram.write_obj(7u8, GuestAddress(start)).is_err());
+            // Both are the same memory.
+            all.write_obj(9u8, GuestAddress(0x1000)).unwrap();
+            assert_eq!(ram.read_obj::<u8>(GuestAddress(0x1000)).unwrap(), 9);
+        }
     }
 
     #[test]

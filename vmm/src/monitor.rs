@@ -13,7 +13,7 @@ use std::{io, thread};
 
 use api::config::LaunchConfig;
 use api::model::{Balloon, Device, VmBoot};
-use api::server::{self, Outcome, Setup};
+use api::server::{self, Outcome, Plugged, Setup};
 use api::session::{chain, now};
 use devices::vsock::ports::HostPorts;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -274,6 +274,14 @@ impl server::Machine for Handle {
 
     fn withdraw(&self, port: u32) {
         self.ports.withdraw(port);
+    }
+
+    fn plugged(&self) -> Plugged {
+        self.memory.show_plugged()
+    }
+
+    fn plug(&self, mib: u32) {
+        self.memory.plug(mib);
     }
 
     fn balloon(&self) -> Option<Balloon> {

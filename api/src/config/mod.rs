@@ -20,6 +20,8 @@ pub const VCPUS_MAX: u8 = 32;
 pub const MEMORY_MIB_MIN: u32 = 48;
 /// The most memory a VM can have: 1 TiB, far below the guest-physical limit of every CPU with hardware virtualization.
 pub const MEMORY_MIB_MAX: u32 = 1 << 20;
+/// In what steps of MiB memory can be added to a VM: Linux takes it in, on x86-64, in blocks of as much.
+pub const PLUGGABLE_MIB: u32 = 128;
 /// The longest document read: a container specification holds its program's arguments and environment, 2 MiB at most.
 const DOCUMENT_MAX: u64 = 8 << 20;
 /// The longest addition to the kernel command line; x86 Linux takes 2,048 bytes in all.
@@ -90,6 +92,10 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// Guest memory in MiB, [`MEMORY_MIB_MIN`] to [`MEMORY_MIB_MAX`].
     pub memory_mib: u32,
+    /// What guest memory can grow to while the VM runs, in MiB: [`MEMORY_MIB_MAX`] at most, and more than `memory_mib` by a
+    /// multiple of [`PLUGGABLE_MIB`]. A guest that breaks the rules can use all of it without being asked to.
+    #[serde(default)]
+    pub memory_max_mib: Option<u32>,
     /// Block devices, in the order in which the guest names them: `/dev/vda`, `/dev/vdb`, ….
     #[serde(default)]
     pub drives: Vec<DriveConfig>,
@@ -139,6 +145,16 @@ pub enum ConfigError {
         /// The most allowed.
         most: u64,
     },
+    /// Memory cannot grow to that.
+    #[error("memory_max_mib is {most}: give memory_mib ({now}) plus a multiple of {PLUGGABLE_MIB}, such as {next}")]
+    MemoryMax {
+        /// What it was.
+        most: u32,
+        /// What the VM begins with.
+        now: u32,
+        /// The next one that is possible.
+        next: u32,
+    },
     /// A text has characters that its place cannot hold.
     #[error("{field} {value:?} has a character other than printable ASCII")]
     NotPrintable {
@@ -179,6 +195,14 @@ impl VmConfig {
     fn check(&self) -> Result<(), ConfigError> {
         within("vcpus", self.vcpus.into(), 1, VCPUS_MAX.into())?;
         within("memory_mib", self.memory_mib.into(), MEMORY_MIB_MIN.into(), MEMORY_MIB_MAX.into())?;
+        if let Some(most) = self.memory_max_mib {
+            within("memory_max_mib", most.into(), self.memory_mib.into(), MEMORY_MIB_MAX.into())?;
+            let now = self.memory_mib;
+            let next = now + (most - now).max(1).next_multiple_of(PLUGGABLE_MIB);
+            if most != next {
+                return Err(ConfigError::MemoryMax { most, now, next });
+            }
+        }
         within("the number of drives", self.drives.len() as u64, 0, DRIVES_MAX as u64)?;
         within("the length of command_line", self.command_line.len() as u64, 0, COMMAND_LINE_MAX as u64)?;
         if !self.command_line.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
@@ -217,6 +241,19 @@ mod tests {
     fn numbers_out_of_range_are_refused_with_the_range() {
         for vm in [r#"{"kernel":"/k","memory_mib":1}"#, r#"{"kernel":"/k","memory_mib":128,"vcpus":0}"#] {
             assert!(matches!(parse(vm), Err(ConfigError::OutOfRange { .. })), "{vm}");
+        }
+    }
+
+    #[test]
+    fn memory_grows_in_steps() {
+        let parse = |most: u32| parse(&format!(r#"{{"kernel":"/k","memory_mib":100,"memory_max_mib":{most}}}"#));
+        assert_eq!(parse(356).unwrap().vm.memory_max_mib, Some(356));
+        for (most, suggested) in [(100, 228), (227, 228), (229, 356)] {
+            let error = parse(most).unwrap_err();
+            assert!(matches!(error, ConfigError::MemoryMax { next, .. } if next == suggested), "{error}");
+        }
+        for most in [99, MEMORY_MIB_MAX + 1, u32::MAX] {
+            assert!(matches!(parse(most), Err(ConfigError::OutOfRange { field: "memory_max_mib", .. })), "{most}");
         }
     }
 

@@ -10,10 +10,10 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 
-use super::Shared;
-use super::problem::{Problem, Query};
+use super::problem::{Body, Problem, Query};
+use super::{Context, Shared, memory};
 use crate::config::VmConfig;
-use crate::model::{ContainerStatus, Event, EventKind, HostStats, Vm, VmState};
+use crate::model::{ContainerStatus, Event, EventKind, HostStats, Vm, VmState, VmUpdate};
 
 /// The size of a page, in which proc(5) counts memory.
 const PAGE: u64 = 4096;
@@ -21,18 +21,40 @@ const PAGE: u64 = 4096;
 /// Show the VM
 #[utoipa::path(get, path = "/v1/vm", tag = "vm", responses((status = 200, body = Vm)))]
 pub(super) async fn show(State(context): State<Shared>) -> Json<Vm> {
+    Json(shown(&context))
+}
+
+/// Change the VM, as far as its guest goes along
+#[utoipa::path(patch, path = "/v1/vm", tag = "vm", request_body = VmUpdate, responses(
+    (status = 200, body = Vm),
+    (status = 400, body = Problem, content_type = "application/problem+json")))]
+pub(super) async fn update(
+    State(context): State<Shared>,
+    Body(VmUpdate { memory_mib }): Body<VmUpdate>,
+) -> Result<Json<Vm>, Problem> {
+    if let Some(memory_mib) = memory_mib {
+        memory::resize(&context, memory_mib)?;
+    }
+    Ok(Json(shown(&context)))
+}
+
+fn shown(context: &Context) -> Vm {
     let devices = context.machine.devices();
+    let plugged = context.machine.plugged();
+    let config = &context.config;
     let state = context.vm.state();
-    Json(Vm {
+    Vm {
         state: state.vm,
         pid: std::process::id(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        kernel: context.config.kernel.display().to_string(),
-        vcpus: context.config.vcpus,
-        memory_mib: context.config.memory_mib,
+        kernel: config.kernel.display().to_string(),
+        vcpus: config.vcpus,
+        memory_mib: config.memory_mib + plugged.plugged_mib,
+        memory_requested_mib: config.memory_mib + plugged.requested_mib,
+        memory_max_mib: config.memory_max_mib.unwrap_or(config.memory_mib),
         devices,
         boot: state.boot,
-    })
+    }
 }
 
 /// Show the VM's configuration as it was booted
@@ -150,11 +172,12 @@ pub(super) async fn metrics(State(context): State<Shared>) -> Response {
         let running = state.containers.values().filter(|entry| entry.state.status == ContainerStatus::Running);
         (u64::from(state.vm == VmState::Running), running.count() as u64)
     };
+    let memory_bytes = u64::from(context.config.memory_mib + context.machine.plugged().plugged_mib) << 20;
     let processes = u64::from(context.next_process.load(Ordering::Relaxed) - 1);
     let figures: [(&str, &str, &str, u64); 7] = [
         ("cofferdam_vm_up", "gauge", "Whether the agent takes requests and the vCPUs run.", up),
         ("cofferdam_vm_vcpus", "gauge", "Number of vCPUs.", context.config.vcpus.into()),
-        ("cofferdam_vm_memory_bytes", "gauge", "Guest memory.", u64::from(context.config.memory_mib) << 20),
+        ("cofferdam_vm_memory_bytes", "gauge", "Guest memory.", memory_bytes),
         ("cofferdam_containers_running", "gauge", "Containers whose program runs.", running),
         ("cofferdam_processes_executed_total", "counter", "Processes asked for besides first ones.", processes),
         ("cofferdam_monitor_cpu_microseconds_total", "counter", "CPU time of monitor and vCPUs.", host.cpu_us),

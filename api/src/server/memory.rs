@@ -1,4 +1,4 @@
-//! `/v1/vm/balloon`: memory that the guest gives up.
+//! `/v1/vm/balloon`: memory that the guest gives up; and memory that it is given.
 
 use std::time::Duration;
 
@@ -7,8 +7,8 @@ use axum::extract::State;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-use super::Shared;
 use super::problem::{Body, Problem, ProblemKind};
+use super::{Context, Shared};
 use crate::model::{Balloon, BalloonUpdate, VmState};
 
 /// How long a guest that runs has time to say how it fares.
@@ -47,6 +47,22 @@ pub(super) async fn update(
     }
     context.machine.set_balloon(target_mib);
     balloon(&context).map(Json)
+}
+
+/// Asks the guest to have so much memory.
+///
+/// # Errors
+/// It cannot be as much, or as little.
+pub(super) fn resize(context: &Context, memory_mib: u32) -> Result<(), Problem> {
+    let least = context.config.memory_mib;
+    let most = context.config.memory_max_mib.unwrap_or(least);
+    if !(least..=most).contains(&memory_mib) {
+        let remedy = if most == least { ", or start the VM with a higher `memory_max_mib`" } else { "" };
+        let detail = format!("memory_mib is {memory_mib}: give {least} to {most}{remedy}");
+        return Err(Problem::new(ProblemKind::InvalidRequest, detail));
+    }
+    context.machine.plug(memory_mib - least);
+    Ok(())
 }
 
 fn balloon(context: &Shared) -> Result<Balloon, Problem> {

@@ -72,6 +72,10 @@ pub trait Machine: Send + Sync {
     fn offer(&self, port: u32, stream: StdStream);
     /// Takes an offer back that was not taken.
     fn withdraw(&self, port: u32);
+    /// The memory that was plugged since the VM was booted.
+    fn plugged(&self) -> Plugged;
+    /// Asks the guest to plug so many MiB in all.
+    fn plug(&self, mib: u32);
     /// The VM's balloon, if it has one.
     fn balloon(&self) -> Option<Balloon>;
     /// Asks the guest for a balloon of so many MiB.
@@ -79,6 +83,15 @@ pub trait Machine: Send + Sync {
     /// Asks the guest for statistics of its memory. `heard` is called when there are new ones, by another thread; it is
     /// dropped when there will be none.
     fn ask_statistics(&self, heard: Box<dyn FnOnce() + Send>);
+}
+
+/// Memory beside that which a VM was booted with.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Plugged {
+    /// What the guest is asked for, in MiB.
+    pub requested_mib: u32,
+    /// What it has plugged, in MiB.
+    pub plugged_mib: u32,
 }
 
 /// What a server is started with.

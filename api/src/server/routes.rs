@@ -40,7 +40,7 @@ struct Document;
 
 fn described() -> OpenApiRouter<Shared> {
     OpenApiRouter::with_openapi(Document::openapi())
-        .routes(routes!(machine::show))
+        .routes(routes!(machine::show, machine::update))
         .routes(routes!(machine::config))
         .routes(routes!(machine::pause))
         .routes(routes!(machine::resume))

@@ -1,10 +1,14 @@
 //! The devices of guest memory, and what the API can do with them.
 
-use std::io;
-
 use api::config::VmConfig;
 use api::model::{Balloon, BalloonStatistics};
+use api::server::Plugged;
+use devices::GuestMemory;
 use devices::balloon::host::{HostBalloon, Statistics};
+use devices::mem::host::HostMem;
+
+use crate::machine::MachineError;
+use crate::memory;
 
 /// The pages of a MiB.
 const PAGES_PER_MIB: u32 = 256;
@@ -14,15 +18,41 @@ const PAGES_PER_MIB: u32 = 256;
 pub struct Controls {
     /// The balloon's, if there is one.
     pub balloon: Option<HostBalloon>,
+    /// The memory device's, if there is one, and where its region begins.
+    pub mem: Option<(HostMem, u64)>,
 }
 
 impl Controls {
-    /// Those of the devices that the configuration asks for.
+    /// Those of the devices that the configuration asks for, and RAM together with the memory that they need.
     ///
     /// # Errors
-    /// When the system has no descriptor left.
-    pub fn new(config: &VmConfig) -> io::Result<Self> {
-        Ok(Self { balloon: config.balloon.then(HostBalloon::new).transpose()? })
+    /// [`MachineError`] names the device or the size.
+    pub fn new(config: &VmConfig, ram: &GuestMemory) -> Result<(GuestMemory, Self), MachineError> {
+        let failed = |device| move |source| MachineError::Device { device, source };
+        let balloon = config.balloon.then(HostBalloon::new).transpose().map_err(failed("balloon"))?;
+        let Some(most_mib) = config.memory_max_mib else {
+            return Ok((ram.clone(), Self { balloon, mem: None }));
+        };
+        let size = u64::from(most_mib.saturating_sub(config.memory_mib)) << 20;
+        let (all, start) = memory::reserve_behind(ram, size)?;
+        let mem = HostMem::new(size).map_err(failed("memory"))?;
+        Ok((all, Self { balloon, mem: Some((mem, start)) }))
+    }
+
+    /// The memory that was plugged, as the API shows it.
+    pub fn show_plugged(&self) -> Plugged {
+        let mib = |bytes: u64| u32::try_from(bytes >> 20).unwrap_or(u32::MAX);
+        self.mem.as_ref().map_or(Plugged::default(), |(mem, _)| Plugged {
+            requested_mib: mib(mem.requested()),
+            plugged_mib: mib(mem.plugged()),
+        })
+    }
+
+    /// Asks the guest to plug so many MiB in all.
+    pub fn plug(&self, mib: u32) {
+        if let Some((mem, _)) = &self.mem {
+            mem.request(u64::from(mib) << 20);
+        }
     }
 
     /// The balloon as the API shows it.

@@ -11,6 +11,7 @@ use devices::balloon::Balloon;
 use devices::blk::Blk;
 use devices::console::{Console, ConsoleOutput};
 use devices::device::VirtioDevice;
+use devices::mem::Mem;
 use devices::mmio::{MmioDevice, QUEUE_NOTIFY, WINDOW};
 use devices::rng::Rng;
 use devices::vsock::Vsock;
@@ -46,6 +47,9 @@ pub(crate) fn devices(
     // Last: nobody waits for those.
     if let Some(balloon) = &memory.balloon {
         devices.push(("balloon", Box::new(Balloon::new(balloon.clone()))));
+    }
+    if let Some((mem, start)) = &memory.mem {
+        devices.push(("memory", Box::new(Mem::new(mem.clone(), *start))));
     }
 
     (0u32..)
