@@ -4,7 +4,7 @@
 //! - [`device`]: the contract between a device and its transport.
 //! - [`queue`]: a virtqueue as devices use it: bounded, and broken for good when the driver breaks the rules.
 //! - [`mmio`]: the virtio-mmio transport; owns the queues and drives the device from the event loop.
-//! - [`balloon`], [`blk`], [`console`], [`mem`], [`rng`], [`vsock`]: one device a file or folder, each in the same order: what it is, its
+//! - [`balloon`], [`blk`], [`console`], [`mem`], [`pmem`], [`rng`], [`vsock`]: one device a file or folder, each in the same order: what it is, its
 //!   limits, its errors, the device, its request processing, its tests.
 //! - [`reclaim`]: giving guest memory back to the host.
 //! - [`limit`]: token buckets for devices that move data.
@@ -23,6 +23,7 @@ pub mod guest_io;
 pub mod limit;
 pub mod mem;
 pub mod mmio;
+pub mod pmem;
 pub mod queue;
 pub mod reclaim;
 pub mod rng;

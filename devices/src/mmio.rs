@@ -100,6 +100,7 @@ impl MmioDevice {
         match self.device.device_type() {
             virtio_ids::VIRTIO_ID_BALLOON => "balloon",
             virtio_ids::VIRTIO_ID_MEM => "memory",
+            virtio_ids::VIRTIO_ID_PMEM => "pmem",
             virtio_ids::VIRTIO_ID_VSOCK => "vsock",
             virtio_ids::VIRTIO_ID_BLOCK => "block",
             virtio_ids::VIRTIO_ID_RNG => "entropy",
@@ -367,6 +368,7 @@ mod tests {
     use crate::console::{Console, ConsoleOutput};
     use crate::mem::Mem;
     use crate::mem::host::HostMem;
+    use crate::pmem::Pmem;
     use crate::rng::Rng;
     use crate::testing::{BUFFERS, Buffer, Driver};
     use crate::vsock::Vsock;
@@ -382,6 +384,7 @@ mod tests {
             Box::new(Vsock::new(HostPorts::default()).unwrap()),
             Box::new(Balloon::new(HostBalloon::new().unwrap())),
             Box::new(Mem::new(HostMem::new(2 << 20).unwrap(), 2 << 20)),
+            Box::new(Pmem::new(None, 2 << 20..4 << 20)),
         ]
     }
 

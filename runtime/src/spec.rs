@@ -94,6 +94,7 @@ pub fn vm((vcpus, memory_mib): (u8, u32), kernel: PathBuf, initramfs: PathBuf, i
         memory_mib,
         memory_max_mib: None,
         drives: vec![DriveConfig { file: DriveFile::Descriptor(image), read_only: true }],
+        pmem: Vec::new(),
         balloon: true,
         vsock: None,
         serial: false,

@@ -6,7 +6,7 @@
 //!  0x10_0000 .. 0xc000_0000   RAM: kernel, … initial RAM file system at its end
 //! 0xc000_0000 .. 0x1_0000_0000  devices: virtio windows, IOAPIC, local APIC
 //! 0x1_0000_0000 ..            RAM beyond 3 GiB
-//!   behind RAM, from 2 GiB on     memory that can be plugged
+//!   behind it, each from a multiple of 2 GiB: memory that can be plugged, persistent memory
 //! ```
 
 /// The global descriptor table.

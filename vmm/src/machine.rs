@@ -15,12 +15,13 @@ use devices::GuestMemory;
 use devices::console::ConsoleOutput;
 use devices::serial::Serial;
 use devices::vsock::ports::HostPorts;
-use kvm_bindings::{CpuId, kvm_userspace_memory_region};
+use kvm_bindings::{CpuId, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use thiserror::Error;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::attach::{self, memory::Controls};
+use crate::attach;
+use crate::attach::memory::{Arranged, Controls};
 use crate::boot::{command_line, kernel, mp_table, registers, zero_page};
 use crate::cpuid;
 use crate::layout::{self, IRQ_LAST, PAGE, SERIAL_IRQ, VIRTIO_IRQ};
@@ -128,14 +129,15 @@ pub fn build(config: &VmConfig, ports: HostPorts, echo_console: bool) -> Result<
     let place = initramfs.as_ref().map(|initramfs| initramfs.address);
     let populating = populate::start(&guest, kernel.file_end..kernel.end, place);
 
-    let (all, controls) = Controls::new(config, &guest)?;
+    let memory = Arranged::new(config, &guest)?;
+    let controls = memory.controls.clone();
     let vm = kvm_device.create_vm().map_err(kvm("create a VM"))?;
-    add_memory(&vm, &all)?;
+    add_memory(&vm, &memory)?;
     vm.set_tss_address(layout::TSS).map_err(kvm("place the task state segment"))?;
     vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
 
     let console = ConsoleOutput::new(echo_console);
-    let devices = attach::devices(config, &vm, &all, ports, &console, &controls)?;
+    let devices = attach::devices(config, &vm, memory, ports, &console)?;
     let serial = config.serial.then(|| Arc::new(Mutex::new(Serial::new(console.clone()))));
     describe(config, &guest, devices.len(), initramfs)?;
     let vcpus = add_vcpus(&kvm_device, &vm, &guest, config.vcpus, kernel.entry)?;
@@ -143,14 +145,16 @@ pub fn build(config: &VmConfig, ports: HostPorts, echo_console: bool) -> Result<
     Ok(Machine { vcpus, bus: Bus { devices: devices.into(), serial }, console, memory: controls, vm })
 }
 
-fn add_memory(vm: &VmFd, guest: &GuestMemory) -> Result<(), MachineError> {
-    for (slot, region) in (0u32..).zip(guest.iter()) {
+fn add_memory(vm: &VmFd, memory: &Arranged) -> Result<(), MachineError> {
+    for (slot, region) in (0u32..).zip(memory.all.iter()) {
+        let start = region.start_addr().0;
         let slot = kvm_userspace_memory_region {
             slot,
-            guest_phys_addr: region.start_addr().0,
+            guest_phys_addr: start,
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,
-            flags: 0,
+            // A write then leaves the guest as one to a device that is not there, and is ignored.
+            flags: if memory.is_writable(start) { 0 } else { KVM_MEM_READONLY },
         };
         #[expect(unsafe_code, reason = "KVM gets memory by address")]
         // SAFETY: the region is memory that was mapped for the guest and is never unmapped or used otherwise.
@@ -253,3 +257,6 @@ impl Machine {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

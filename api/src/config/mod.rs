@@ -3,6 +3,7 @@
 //! [`LaunchConfig::parse`] is the only way in: what it returns is within every bound stated here.
 
 mod drive;
+mod pmem;
 
 use std::fs::File;
 use std::io::Read;
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use self::drive::{DRIVES_MAX, DriveConfig, DriveFile};
+pub use self::pmem::{PMEM_MAX, PmemConfig};
 
 /// The most vCPUs a VM can have: what its CPU table has room for, and what Firecracker allows.
 pub const VCPUS_MAX: u8 = 32;
@@ -22,6 +24,8 @@ pub const MEMORY_MIB_MIN: u32 = 48;
 pub const MEMORY_MIB_MAX: u32 = 1 << 20;
 /// In what steps of MiB memory can be added to a VM: Linux takes it in, on x86-64, in blocks of as much.
 pub const PLUGGABLE_MIB: u32 = 128;
+/// The most devices a VM can have: each has an interrupt of its own.
+pub const DEVICES_MAX: usize = 19;
 /// The longest document read: a container specification holds its program's arguments and environment, 2 MiB at most.
 const DOCUMENT_MAX: u64 = 8 << 20;
 /// The longest addition to the kernel command line; x86 Linux takes 2,048 bytes in all.
@@ -99,6 +103,9 @@ pub struct VmConfig {
     /// Block devices, in the order in which the guest names them: `/dev/vda`, `/dev/vdb`, ….
     #[serde(default)]
     pub drives: Vec<DriveConfig>,
+    /// Files that are memory of the guest, in the order in which it names them: `/dev/pmem0`, `/dev/pmem1`, ….
+    #[serde(default)]
+    pub pmem: Vec<PmemConfig>,
     /// Whether the guest can give memory up, and reports memory that it does not use for now: both are the host's then.
     #[serde(default)]
     pub balloon: bool,
@@ -204,11 +211,21 @@ impl VmConfig {
             }
         }
         within("the number of drives", self.drives.len() as u64, 0, DRIVES_MAX as u64)?;
+        within("the number of pmem devices", self.pmem.len() as u64, 0, PMEM_MAX as u64)?;
+        within("the number of devices", self.devices() as u64, 0, DEVICES_MAX as u64)?;
         within("the length of command_line", self.command_line.len() as u64, 0, COMMAND_LINE_MAX as u64)?;
         if !self.command_line.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
             return Err(ConfigError::NotPrintable { field: "command_line", value: self.command_line.clone() });
         }
         Ok(())
+    }
+}
+
+impl VmConfig {
+    /// How many devices it has: socket, entropy and console besides those that it names.
+    fn devices(&self) -> usize {
+        let memory = usize::from(self.balloon) + usize::from(self.memory_max_mib.is_some());
+        3 + self.drives.len() + self.pmem.len() + memory
     }
 }
 
@@ -254,6 +271,21 @@ mod tests {
         }
         for most in [99, MEMORY_MIB_MAX + 1, u32::MAX] {
             assert!(matches!(parse(most), Err(ConfigError::OutOfRange { field: "memory_max_mib", .. })), "{most}");
+        }
+    }
+
+    #[test]
+    fn there_are_as_many_devices_as_interrupts() {
+        let parse = |drives: usize, pmem: usize, balloon: bool| {
+            let list = |count| vec![r#"{"file":{"path":"/f"}}"#; count].join(",");
+            let (drives, pmem) = (list(drives), list(pmem));
+            parse(&format!(
+                r#"{{"kernel":"/k","memory_mib":100,"drives":[{drives}],"pmem":[{pmem}],"balloon":{balloon}}}"#
+            ))
+        };
+        assert!(parse(DRIVES_MAX, 0, false).is_ok() && parse(11, PMEM_MAX, true).is_ok());
+        for (drives, pmem, balloon) in [(DRIVES_MAX, 0, true), (12, PMEM_MAX, true), (0, PMEM_MAX + 1, false)] {
+            assert!(matches!(parse(drives, pmem, balloon), Err(ConfigError::OutOfRange { .. })), "{drives} {pmem}");
         }
     }
 

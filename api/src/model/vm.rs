@@ -54,7 +54,7 @@ pub enum VmState {
 /// A device of a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Device {
-    /// What it is: `vsock`, `block`, `entropy`, `console`, `balloon` or `memory`.
+    /// What it is: `vsock`, `block`, `entropy`, `console`, `balloon`, `memory` or `pmem`.
     pub kind: String,
     /// What the driver has set up so far: `reset`, `ready` or `broken` (it broke a rule and must reset the device).
     pub status: String,

@@ -6,18 +6,19 @@ pub(crate) mod memory;
 use std::sync::{Arc, Mutex};
 
 use api::config::VmConfig;
-use devices::GuestMemory;
 use devices::balloon::Balloon;
 use devices::blk::Blk;
 use devices::console::{Console, ConsoleOutput};
 use devices::device::VirtioDevice;
 use devices::mem::Mem;
 use devices::mmio::{MmioDevice, QUEUE_NOTIFY, WINDOW};
+use devices::pmem::Pmem;
 use devices::rng::Rng;
 use devices::vsock::Vsock;
 use devices::vsock::ports::HostPorts;
 use kvm_ioctls::{IoEventAddress, VmFd};
 
+use self::memory::{Arranged, Persistent};
 use crate::layout::{VIRTIO, VIRTIO_IRQ};
 use crate::machine::{MachineError, kvm};
 
@@ -28,34 +29,36 @@ use crate::machine::{MachineError, kvm};
 pub(crate) fn devices(
     config: &VmConfig,
     vm: &VmFd,
-    guest: &GuestMemory,
+    memory: Arranged,
     ports: HostPorts,
     console: &ConsoleOutput,
-    memory: &memory::Controls,
 ) -> Result<Vec<Arc<Mutex<MmioDevice>>>, MachineError> {
     let failed = |device| move |source| MachineError::Device { device, source };
     // Vsock first: the agent waits for it, and the kernel probes in this order.
     let mut devices: Vec<(&'static str, Box<dyn VirtioDevice>)> =
         vec![("vsock", Box::new(Vsock::new(ports).map_err(failed("vsock"))?))];
     for (index, drive) in config.drives.iter().enumerate() {
-        let file = drive::open(drive)?;
+        let file = drive::open("the drive", "the inherited drive", &drive.file, drive.read_only)?;
         let blk = Blk::new(file, drive.read_only, &format!("drive{index}")).map_err(failed("block"))?;
         devices.push(("block", Box::new(blk)));
     }
     devices.push(("entropy", Box::new(Rng)));
     devices.push(("console", Box::new(Console::new(console.clone()))));
     // Last: nobody waits for those.
-    if let Some(balloon) = &memory.balloon {
+    if let Some(balloon) = &memory.controls.balloon {
         devices.push(("balloon", Box::new(Balloon::new(balloon.clone()))));
     }
-    if let Some((mem, start)) = &memory.mem {
+    if let Some((mem, start)) = &memory.controls.mem {
         devices.push(("memory", Box::new(Mem::new(mem.clone(), *start))));
+    }
+    for Persistent { file, range } in memory.persistent {
+        devices.push(("pmem", Box::new(Pmem::new(file, range))));
     }
 
     (0u32..)
         .zip(devices)
         .map(|(index, (name, device))| {
-            let device = MmioDevice::new(device, guest.clone()).map_err(failed(name))?;
+            let device = MmioDevice::new(device, memory.all.clone()).map_err(failed(name))?;
             connect(vm, &device, index)?;
             Ok(Arc::new(Mutex::new(device)))
         })
