@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use tests::sandbox::{Detached, Sandbox};
 
 /// Asks with curl, and gives the status code and the answer.
-fn curl(sandbox: &Sandbox, container: &Detached<'_>, arguments: &[&str], path: &str) -> (u16, String) {
+pub(crate) fn curl(sandbox: &Sandbox, container: &Detached<'_>, arguments: &[&str], path: &str) -> (u16, String) {
     let socket = format!("{}/api.sock", container.inspect("state_directory"));
     let url = format!("http://cofferdam{path}");
     let given = ["--silent", "--show-error", "--write-out", "\n%{http_code}", "--unix-socket", &socket];
@@ -13,7 +13,7 @@ fn curl(sandbox: &Sandbox, container: &Detached<'_>, arguments: &[&str], path: &
     (code.parse().unwrap(), body.to_owned())
 }
 
-fn json_of((code, body): (u16, String)) -> (u16, Value) {
+pub(crate) fn json_of((code, body): (u16, String)) -> (u16, Value) {
     (code, serde_json::from_str(&body).unwrap_or_else(|error| panic!("{error}: {body}")))
 }
 

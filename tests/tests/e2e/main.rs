@@ -13,6 +13,7 @@ mod hostile;
 mod images;
 mod life;
 mod limits;
+mod memory;
 mod programs;
 mod signals;
 mod soak;
