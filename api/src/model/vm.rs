@@ -14,8 +14,10 @@ pub struct Vm {
     pub version: String,
     /// The guest kernel's file.
     pub kernel: String,
-    /// The number of vCPUs.
+    /// The number of vCPUs that the guest uses.
     pub vcpus: u8,
+    /// The number of vCPUs that there are.
+    pub vcpus_max: u8,
     /// Guest memory in MiB, what was plugged since it was booted included.
     pub memory_mib: u32,
     /// The memory that the guest is asked to have, in MiB. It gets there as far as it can, and takes its time.
@@ -35,6 +37,8 @@ pub struct VmUpdate {
     /// How much memory the guest is asked to have, in MiB: between what it was booted with and `memory_max_mib`, rounded up
     /// to whole blocks of 2 MiB.
     pub memory_mib: Option<u32>,
+    /// How many vCPUs the guest is to use: 1 to `vcpus_max`.
+    pub vcpus: Option<u8>,
 }
 
 /// Where a VM is in its life.

@@ -44,6 +44,25 @@ fn a_vm_pauses_whole() {
 }
 
 #[test]
+fn a_vm_uses_fewer_vcpus_for_a_while() {
+    let sandbox = Sandbox::new();
+    let pod = sandbox.detached("pod", &["--cpus", "2"], "busybox", &["sleep", "1000"]);
+    let resize = |vcpus: u8| {
+        let body = json!({"vcpus": vcpus}).to_string();
+        json_of(curl(&sandbox, &pod, &["--request", "PATCH", "--json", &body], "/v1/vm"))
+    };
+    for vcpus in [1, 2] {
+        let (code, vm) = resize(vcpus);
+        assert_eq!((code, &vm["vcpus"], &vm["vcpus_max"]), (200, &json!(vcpus), &json!(2)), "{vm}");
+        assert_eq!(pod.verb("exec", &[], &["nproc"]).end().succeeded(), format!("{vcpus}\n"));
+    }
+    for vcpus in [0, 3] {
+        let (code, problem) = resize(vcpus);
+        assert_eq!((code, &problem["type"]), (400, &json!("invalid-request")), "{problem}");
+    }
+}
+
+#[test]
 fn problems_have_a_type_and_name_the_field() {
     let sandbox = Sandbox::new();
     let pod = sandbox.detached("pod", &[], "busybox", &["sleep", "1000"]);
