@@ -14,7 +14,7 @@ use thiserror::Error;
 
 use crate::container::{Container, Event, Plan, Streams};
 use crate::pids::Home;
-use crate::{clock, sys};
+use crate::{clock, cpus, sys};
 
 /// How much of the control connection is read at once.
 const READ_MAX: usize = 16 << 10;
@@ -213,6 +213,7 @@ impl<D: FnMut(u32) -> io::Result<OwnedFd>> Agent<D> {
             Call::Processes { container } => begun(self.list(request, &container)),
             Call::CopyOut { container, path, port } => begun(self.copy_out(request, &container, &path, port)),
             Call::CopyIn { container, path, port } => begun(self.copy_in(request, &container, &path, port)),
+            Call::SetCpus { online } => Some(cpus::set_online(online).map(Answer::Cpus)),
         }
     }
 

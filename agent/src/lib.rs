@@ -16,6 +16,7 @@ pub mod boot;
 pub mod clock;
 pub mod container;
 pub mod control;
+mod cpus;
 mod memory;
 mod network;
 pub mod pids;

@@ -4,8 +4,9 @@
 //! - [`device`]: the contract between a device and its transport.
 //! - [`queue`]: a virtqueue as devices use it: bounded, and broken for good when the driver breaks the rules.
 //! - [`mmio`]: the virtio-mmio transport; owns the queues and drives the device from the event loop.
-//! - [`blk`], [`console`], [`net`], [`rng`], [`vsock`]: one device a file or folder, each in the same order: what it is, its
-//!   limits, its errors, the device, its request processing, its tests.
+//! - [`balloon`], [`blk`], [`console`], [`mem`], [`net`], [`pmem`], [`rng`], [`vsock`]: one device a file or folder, each in
+//!   the same order: what it is, its limits, its errors, the device, its request processing, its tests.
+//! - [`reclaim`]: giving guest memory back to the host.
 //! - [`limit`]: token buckets for devices that move data.
 //! - [`guest_io`], [`ring_io`]: file input and output straight into guest memory; the only places with unsafe code.
 //! - [`serial`]: an early-boot aid, not a virtio device.
@@ -15,14 +16,18 @@
 //! gets an error status; a queue that makes no sense breaks its device (DEVICE_NEEDS_RESET) until the driver resets it.
 //! Neither can make the monitor panic, wait, or allocate more than the constants in these files say.
 
+pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod device;
 pub mod guest_io;
 pub mod limit;
+pub mod mem;
 pub mod mmio;
 pub mod net;
+pub mod pmem;
 pub mod queue;
+pub mod reclaim;
 pub mod ring_io;
 pub mod rng;
 pub mod serial;

@@ -98,6 +98,9 @@ impl MmioDevice {
     /// The device's kind in a word.
     pub fn kind(&self) -> &'static str {
         match self.device.device_type() {
+            virtio_ids::VIRTIO_ID_BALLOON => "balloon",
+            virtio_ids::VIRTIO_ID_MEM => "memory",
+            virtio_ids::VIRTIO_ID_PMEM => "pmem",
             virtio_ids::VIRTIO_ID_VSOCK => "vsock",
             virtio_ids::VIRTIO_ID_BLOCK => "block",
             virtio_ids::VIRTIO_ID_NET => "network",
@@ -362,8 +365,13 @@ mod tests {
     use vm_memory::Bytes;
 
     use super::*;
+    use crate::balloon::Balloon;
+    use crate::balloon::host::HostBalloon;
     use crate::blk::{Blk, Options};
     use crate::console::{Console, ConsoleOutput};
+    use crate::mem::Mem;
+    use crate::mem::host::HostMem;
+    use crate::pmem::Pmem;
     use crate::rng::Rng;
     use crate::testing::{BUFFERS, Buffer, Driver};
     use crate::vsock::Vsock;
@@ -378,6 +386,9 @@ mod tests {
             Box::new(Console::new(ConsoleOutput::default(), None)),
             Box::new(Vsock::new(HostPorts::default(), None).unwrap()),
             Box::new(crate::net::peer::device()),
+            Box::new(Balloon::new(HostBalloon::new().unwrap())),
+            Box::new(Mem::new(HostMem::new(2 << 20).unwrap(), 2 << 20)),
+            Box::new(Pmem::new(None, 2 << 20..4 << 20)),
         ]
     }
 
@@ -496,7 +507,7 @@ mod tests {
         /// Whatever a driver does, in whatever order: the device neither panics nor hangs.
         #[test]
         fn a_hostile_driver_does_no_harm(
-            which in 0usize..5,
+            which in 0..devices().len(),
             rings in 0u32..4,
             filling in any::<[u8; 64]>(),
             steps in steps(),

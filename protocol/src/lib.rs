@@ -26,7 +26,7 @@ use report::{Health, PathInfo, ProcessInfo, Stats};
 use serde::{Deserialize, Serialize};
 
 /// The version of everything in this crate.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// The vsock port on the host that the agent dials for its control connection.
 pub const CONTROL_PORT: u32 = 1024;
@@ -127,6 +127,11 @@ pub enum Call {
         /// The port to dial.
         port: u32,
     },
+    /// Use so many of the guest's CPUs, as far as its kernel goes along: answered with [`Answer::Cpus`].
+    SetCpus {
+        /// How many, 1 to what the machine has.
+        online: u8,
+    },
 }
 
 /// A process of a container.
@@ -149,6 +154,8 @@ pub enum Answer {
     Processes(Vec<ProcessInfo>),
     /// What is at a path.
     Path(PathInfo),
+    /// How many CPUs the guest uses.
+    Cpus(u8),
 }
 
 /// One message from the agent.

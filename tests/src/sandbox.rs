@@ -176,10 +176,26 @@ impl Sandbox {
     /// It does not start.
     #[must_use]
     pub fn detached<'a>(&'a self, name: &'a str, flags: &[&str], image: &str, words: &[&str]) -> Detached<'a> {
+        self.detached_by(&prepared().programs.join("cofferdam-vmm"), name, flags, image, words)
+    }
+
+    /// The same with a monitor of the test's own, such as a script that changes the configuration first.
+    ///
+    /// # Panics
+    /// It does not start.
+    #[must_use]
+    pub fn detached_by<'a>(
+        &'a self,
+        monitor: &Path,
+        name: &'a str,
+        flags: &[&str],
+        image: &str,
+        words: &[&str],
+    ) -> Detached<'a> {
         let reference = Self::reference(image);
         let given = ["run", "-d", "--name", name];
         let words = given.iter().chain(flags).copied().chain([reference.as_str()]).chain(words.iter().copied());
-        let started = self.cofferdam(words).end();
+        let started = self.cofferdam(words).env("COFFERDAM_VMM", monitor).end();
         assert_eq!(started.succeeded().trim().len(), 32, "{started:?}");
         Detached { sandbox: self, name }
     }

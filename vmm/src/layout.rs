@@ -6,6 +6,7 @@
 //!  0x10_0000 .. 0xc000_0000   RAM: kernel, … initial RAM file system at its end
 //! 0xc000_0000 .. 0x1_0000_0000  devices: virtio windows, IOAPIC, local APIC
 //! 0x1_0000_0000 ..            RAM beyond 3 GiB
+//!   behind it, each from a multiple of 2 GiB: memory that can be plugged, persistent memory
 //! ```
 
 /// The global descriptor table.
@@ -32,6 +33,9 @@ pub const HIGH_MEMORY: u64 = 0x10_0000;
 pub const DEVICE_HOLE: u64 = 0xc000_0000;
 /// Where RAM goes on above the hole for devices.
 pub const ABOVE_4G: u64 = 0x1_0000_0000;
+
+/// What memory behind RAM is aligned to: the largest block in which Linux takes memory in on x86-64.
+pub const BEHIND_RAM_ALIGNMENT: u64 = 2 << 30;
 
 /// The interrupt of the serial console, as on every PC.
 pub const SERIAL_IRQ: u32 = 4;

@@ -16,12 +16,13 @@ use devices::console::ConsoleOutput;
 use devices::net::tap::TapError;
 use devices::serial::Serial;
 use devices::vsock::ports::HostPorts;
-use kvm_bindings::{CpuId, kvm_userspace_memory_region};
+use kvm_bindings::{CpuId, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use thiserror::Error;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::attach;
+use crate::attach::memory::{Arranged, Controls};
 use crate::boot::{command_line, kernel, mp_table, registers, zero_page};
 use crate::cpuid;
 use crate::layout::{self, IRQ_LAST, PAGE, SERIAL_IRQ, VIRTIO_IRQ};
@@ -75,22 +76,12 @@ pub enum MachineError {
         /// Its length.
         length: u64,
     },
-    /// The command line is too long.
-    #[error("the kernel command line is longer than {} bytes", layout::COMMAND_LINE_SIZE)]
-    CommandLine(#[source] linux_loader::cmdline::Error),
-    /// There are more devices than interrupts.
-    #[error(
-        "the VM has {count} devices: its interrupt controller has pins for {most}, so give fewer drives or networks"
-    )]
-    TooManyDevices {
-        /// How many there are.
-        count: usize,
-        /// How many there can be.
-        most: usize,
-    },
     /// A tap cannot be used.
     #[error("cannot make the network device")]
     Tap(#[from] TapError),
+    /// The command line is too long.
+    #[error("the kernel command line is longer than {} bytes", layout::COMMAND_LINE_SIZE)]
+    CommandLine(#[source] linux_loader::cmdline::Error),
     /// A device cannot be made.
     #[error("cannot make the {device} device")]
     Device {
@@ -122,6 +113,8 @@ pub struct Machine {
     pub bus: Bus,
     /// What the guest prints.
     pub console: ConsoleOutput,
+    /// What can be done with its memory.
+    pub(crate) memory: Controls,
     /// The VM itself, to be held as long as it runs.
     pub vm: VmFd,
 }
@@ -140,28 +133,32 @@ pub fn build(config: &VmConfig, ports: HostPorts, echo_console: bool) -> Result<
     let place = initramfs.as_ref().map(|initramfs| initramfs.address);
     let populating = populate::start(&guest, kernel.file_end..kernel.end, place);
 
+    let memory = Arranged::new(config, &guest)?;
+    let controls = memory.controls.clone();
     let vm = kvm_device.create_vm().map_err(kvm("create a VM"))?;
-    add_memory(&vm, &guest)?;
+    add_memory(&vm, &memory)?;
     vm.set_tss_address(layout::TSS).map_err(kvm("place the task state segment"))?;
     vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
 
     let console = ConsoleOutput::new(echo_console);
-    let devices = attach::devices(config, &vm, &guest, ports, &console)?;
+    let devices = attach::devices(config, &vm, memory, ports, &console)?;
     let serial = config.serial.then(|| Arc::new(Mutex::new(Serial::new(console.clone()))));
     describe(config, &guest, devices.len(), initramfs)?;
     let vcpus = add_vcpus(&kvm_device, &vm, &guest, config.vcpus, kernel.entry)?;
     populating.finish();
-    Ok(Machine { vcpus, bus: Bus { devices: devices.into(), serial }, console, vm })
+    Ok(Machine { vcpus, bus: Bus { devices: devices.into(), serial }, console, memory: controls, vm })
 }
 
-fn add_memory(vm: &VmFd, guest: &GuestMemory) -> Result<(), MachineError> {
-    for (slot, region) in (0u32..).zip(guest.iter()) {
+fn add_memory(vm: &VmFd, memory: &Arranged) -> Result<(), MachineError> {
+    for (slot, region) in (0u32..).zip(memory.all.iter()) {
+        let start = region.start_addr().0;
         let slot = kvm_userspace_memory_region {
             slot,
-            guest_phys_addr: region.start_addr().0,
+            guest_phys_addr: start,
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,
-            flags: 0,
+            // A write then leaves the guest as one to a device that is not there, and is ignored.
+            flags: if memory.is_writable(start) { 0 } else { KVM_MEM_READONLY },
         };
         #[expect(unsafe_code, reason = "KVM gets memory by address")]
         // SAFETY: the region is memory that was mapped for the guest and is never unmapped or used otherwise.
@@ -178,7 +175,9 @@ fn describe(
     initramfs: Option<Initramfs>,
 ) -> Result<(), MachineError> {
     let initramfs = initramfs.map(|initramfs| initramfs.copy(guest)).transpose()?;
-    let line = command_line::build(devices, config.serial, &config.command_line).map_err(MachineError::CommandLine)?;
+    let pluggable = config.memory_max_mib.is_some();
+    let line = command_line::build(devices, config.serial, pluggable, &config.command_line);
+    let line = line.map_err(MachineError::CommandLine)?;
     let line = line.as_cstring().map_err(MachineError::CommandLine)?;
     let line = line.as_bytes_with_nul();
     memory::write(guest, line, layout::COMMAND_LINE)?;
@@ -262,3 +261,6 @@ impl Machine {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,7 +10,9 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::ptr::null_mut;
+use std::sync::Arc;
 
 use devices::GuestMemory;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
@@ -20,7 +22,7 @@ use vm_memory::{
     VolatileMemoryError,
 };
 
-use crate::layout::{ABOVE_4G, DEVICE_HOLE, HUGE_PAGE, PAGE};
+use crate::layout::{ABOVE_4G, BEHIND_RAM_ALIGNMENT, DEVICE_HOLE, HUGE_PAGE, PAGE};
 
 /// Why guest memory is not as asked for.
 #[derive(Debug, Error)]
@@ -65,6 +67,45 @@ pub fn reserve(size_mib: u32) -> Result<GuestMemory, MemoryError> {
         regions.push(region(ABOVE_4G, size - low)?);
     }
     GuestMemory::from_regions(regions).map_err(|error| MemoryError::Arrange(error.into()))
+}
+
+/// Reserves more memory behind all that there is, for devices and the guest to reach, but of which the guest is not told as of
+/// RAM; and says where it begins.
+///
+/// # Errors
+/// As [`reserve`].
+pub fn reserve_behind(memory: &GuestMemory, size: u64) -> Result<(GuestMemory, u64), MemoryError> {
+    let end = memory.iter().map(|region| region.start_addr().0 + region.len()).max().unwrap_or(0);
+    let start = end.max(ABOVE_4G).next_multiple_of(BEHIND_RAM_ALIGNMENT);
+    let all = memory.insert_region(Arc::new(region(start, size)?));
+    Ok((all.map_err(|error| MemoryError::Arrange(error.into()))?, start))
+}
+
+/// Maps a file of `length` bytes behind all memory that there is, and says where: whole huge pages, of which zeroes fill what
+/// the file does not.
+///
+/// The file of a read-only mapping does not change, whoever writes to it: it is mapped copy-on-write. A device writes to a
+/// page of its own then; the guest cannot, since its memory slot is read-only.
+///
+/// # Errors
+/// As [`reserve`], or [`MemoryError::Map`].
+pub fn map_behind(
+    memory: &GuestMemory,
+    file: &File,
+    length: u64,
+    read_only: bool,
+) -> Result<(GuestMemory, Range<u64>), MemoryError> {
+    let size = length.next_multiple_of(HUGE_PAGE);
+    let (all, start) = reserve_behind(memory, size)?;
+    let out_of_bounds = || MemoryError::OutOfBounds { address: start, length };
+    let count = usize::try_from(length).map_err(|_| out_of_bounds())?;
+    let region = all.find_region(GuestAddress(start)).ok_or_else(out_of_bounds)?;
+    let sharing = if read_only { MapFlags::PRIVATE | MapFlags::NORESERVE } else { MapFlags::SHARED };
+    let protection = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: the region was made for this and is at least as long; nobody knows it yet.
+    unsafe { mmap(region.as_ptr().cast(), count, protection, sharing | MapFlags::FIXED, file, 0) }
+        .map_err(|error| MemoryError::Map(error.into()))?;
+    Ok((all, start..start + size))
 }
 
 fn region(base: u64, size: u64) -> Result<GuestRegionMmap, MemoryError> {
@@ -163,6 +204,50 @@ mod tests {
         let memory = reserve(3 * 1024 + 16).unwrap();
         let regions: Vec<_> = memory.iter().map(|region| (region.start_addr().0, region.len())).collect();
         assert_eq!(regions, [(0, DEVICE_HOLE), (ABOVE_4G, 16 << 20)]);
+    }
+
+    #[test]
+    fn memory_behind_ram_is_no_part_of_it() {
+        for (ram_mib, expected) in [(64, ABOVE_4G), (3 * 1024, ABOVE_4G), (3 * 1024 + 16, 6 << 30)] {
+            let ram = reserve(ram_mib).unwrap();
+            let (all, start) = reserve_behind(&ram, 128 << 20).unwrap();
+            assert_eq!(start, expected, "{ram_mib}");
+            assert_eq!(all.num_regions(), ram.num_regions() + 1);
+            all.write_obj(7u8, GuestAddress(start + (128 << 20) - 1)).unwrap();
+            assert!(ram.write_obj(7u8, GuestAddress(start)).is_err());
+            // Both are the same memory.
+            all.write_obj(9u8, GuestAddress(0x1000)).unwrap();
+            assert_eq!(ram.read_obj::<u8>(GuestAddress(0x1000)).unwrap(), 9);
+        }
+    }
+
+    #[test]
+    fn a_file_behind_ram_changes_only_if_it_may() {
+        use std::os::unix::fs::FileExt as _;
+        for read_only in [true, false] {
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(&[3; 5000]).unwrap();
+            let (all, range) = map_behind(&reserve(64).unwrap(), &file, 5000, read_only).unwrap();
+            assert_eq!(range, ABOVE_4G..ABOVE_4G + HUGE_PAGE);
+            let read = |offset| all.read_obj::<u8>(GuestAddress(range.start + offset)).unwrap();
+            assert_eq!((read(4999), read(5000), read(HUGE_PAGE - 1)), (3, 0, 0));
+            all.write_obj(9u8, GuestAddress(range.start + 7)).unwrap();
+            assert_eq!(read(7), 9);
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, 7).unwrap();
+            assert_eq!(byte, [if read_only { 3 } else { 9 }]);
+        }
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_written_is_mapped_read_only() {
+        let path = tempfile::NamedTempFile::new().unwrap();
+        path.as_file().set_len(HUGE_PAGE).unwrap();
+        let file = File::open(path.path()).unwrap();
+        let ram = reserve(64).unwrap();
+        let (all, range) = map_behind(&ram, &file, HUGE_PAGE, true).unwrap();
+        all.write_obj(9u8, GuestAddress(range.start)).unwrap();
+        assert!(matches!(map_behind(&ram, &file, HUGE_PAGE, false), Err(MemoryError::Map(_))));
     }
 
     #[test]

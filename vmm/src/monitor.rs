@@ -12,14 +12,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::{io, thread};
 
 use api::config::LaunchConfig;
-use api::model::{Device, VmBoot};
-use api::server::{self, DeviceFigures, Outcome, Setup};
+use api::model::{Balloon, Device, VmBoot};
+use api::server::{self, DeviceFigures, Outcome, Plugged, Setup};
 use api::session::{chain, now};
 use devices::vsock::ports::HostPorts;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::attach::memory::Controls;
 use crate::machine::{self, Machine, MachineError};
 use crate::pause::Threads;
 use crate::vcpu::{self, Bus, GuestEnd};
@@ -96,12 +97,12 @@ pub fn run(config: LaunchConfig, listener: Option<UnixListener>, started: u64) -
         ports.offer(protocol::CONTROL_PORT, theirs);
         let (sender, guest_ended) = server::guest_end();
         flushing = Some(sender);
-        let (bus, console) = (machine.bus.clone(), machine.console.clone());
+        let (bus, console, memory) = (machine.bus.clone(), machine.console.clone(), machine.memory.clone());
         let kind = |device: &Arc<Mutex<devices::mmio::MmioDevice>>| {
             device.lock().unwrap_or_else(PoisonError::into_inner).kind()
         };
         let kinds = bus.devices.iter().map(kind).collect();
-        let handle = Handle { bus, kinds, console, ports: ports.clone(), vcpus: Arc::clone(&vcpus) };
+        let handle = Handle { bus, kinds, console, memory, ports: ports.clone(), vcpus: Arc::clone(&vcpus) };
         let LaunchConfig { vm, container, folder, .. } = config;
         let machine: Arc<dyn server::Machine> = Arc::new(handle);
         let setup = Setup { config: vm, container, listener, folder, machine, agent, boot, guest_ended };
@@ -239,6 +240,7 @@ struct Handle {
     bus: Bus,
     kinds: Vec<&'static str>,
     console: devices::console::ConsoleOutput,
+    memory: Controls,
     ports: HostPorts,
     vcpus: Arc<Threads>,
 }
@@ -283,6 +285,28 @@ impl server::Machine for Handle {
 
     fn withdraw(&self, port: u32) {
         self.ports.withdraw(port);
+    }
+
+    fn plugged(&self) -> Plugged {
+        self.memory.show_plugged()
+    }
+
+    fn plug(&self, mib: u32) {
+        self.memory.plug(mib);
+    }
+
+    fn balloon(&self) -> Option<Balloon> {
+        self.memory.show_balloon()
+    }
+
+    fn set_balloon(&self, target_mib: u32) {
+        self.memory.set_balloon(target_mib);
+    }
+
+    fn ask_statistics(&self, heard: Box<dyn FnOnce() + Send>) {
+        if let Some(balloon) = &self.memory.balloon {
+            balloon.ask(heard);
+        }
     }
 }
 

@@ -5,6 +5,7 @@
 mod drive;
 mod limits;
 mod network;
+mod pmem;
 
 use std::fs::File;
 use std::io::Read;
@@ -17,6 +18,7 @@ use thiserror::Error;
 pub use self::drive::{DRIVES_MAX, DriveConfig, DriveFile};
 pub use self::limits::{LimitsConfig, RateConfig};
 pub use self::network::{MacAddress, NETWORKS_MAX, NetworkConfig, QUEUE_PAIRS_MAX, TapConfig};
+pub use self::pmem::{PMEM_MAX, PmemConfig};
 
 /// The most vCPUs a VM can have: what its CPU table has room for, and what Firecracker allows.
 pub const VCPUS_MAX: u8 = 32;
@@ -24,6 +26,10 @@ pub const VCPUS_MAX: u8 = 32;
 pub const MEMORY_MIB_MIN: u32 = 48;
 /// The most memory a VM can have: 1 TiB, far below the guest-physical limit of every CPU with hardware virtualization.
 pub const MEMORY_MIB_MAX: u32 = 1 << 20;
+/// In what steps of MiB memory can be added to a VM: Linux takes it in, on x86-64, in blocks of as much.
+pub const PLUGGABLE_MIB: u32 = 128;
+/// The most devices a VM can have: each has an interrupt of its own.
+pub const DEVICES_MAX: usize = 19;
 /// The longest document read: a container specification holds its program's arguments and environment, 2 MiB at most.
 const DOCUMENT_MAX: u64 = 8 << 20;
 /// The longest addition to the kernel command line; x86 Linux takes 2,048 bytes in all.
@@ -94,12 +100,22 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// Guest memory in MiB, [`MEMORY_MIB_MIN`] to [`MEMORY_MIB_MAX`].
     pub memory_mib: u32,
+    /// What guest memory can grow to while the VM runs, in MiB: [`MEMORY_MIB_MAX`] at most, and more than `memory_mib` by a
+    /// multiple of [`PLUGGABLE_MIB`]. A guest that breaks the rules can use all of it without being asked to.
+    #[serde(default)]
+    pub memory_max_mib: Option<u32>,
     /// Block devices, in the order in which the guest names them: `/dev/vda`, `/dev/vdb`, ….
     #[serde(default)]
     pub drives: Vec<DriveConfig>,
     /// Network devices, in the order in which the guest names them: `eth0`, `eth1`, ….
     #[serde(default)]
     pub networks: Vec<NetworkConfig>,
+    /// Files that are memory of the guest, in the order in which it names them: `/dev/pmem0`, `/dev/pmem1`, ….
+    #[serde(default)]
+    pub pmem: Vec<PmemConfig>,
+    /// Whether the guest can give memory up, and reports memory that it does not use for now: both are the host's then.
+    #[serde(default)]
+    pub balloon: bool,
     /// A socket path: the guest's vsock connection to port N of the host goes to the Unix socket `PATH_N`. Ports of
     /// the container's own session come before it.
     #[serde(default)]
@@ -175,6 +191,16 @@ pub enum ConfigError {
         /// The name.
         name: String,
     },
+    /// Memory cannot grow to that.
+    #[error("memory_max_mib is {most}: give memory_mib ({now}) plus a multiple of {PLUGGABLE_MIB}, such as {next}")]
+    MemoryMax {
+        /// What it was.
+        most: u32,
+        /// What the VM begins with.
+        now: u32,
+        /// The next one that is possible.
+        next: u32,
+    },
     /// A text has characters that its place cannot hold.
     #[error("{field} {value:?} has a character other than printable ASCII")]
     NotPrintable {
@@ -215,6 +241,14 @@ impl VmConfig {
     fn check(&self) -> Result<(), ConfigError> {
         within("vcpus", self.vcpus.into(), 1, VCPUS_MAX.into())?;
         within("memory_mib", self.memory_mib.into(), MEMORY_MIB_MIN.into(), MEMORY_MIB_MAX.into())?;
+        if let Some(most) = self.memory_max_mib {
+            within("memory_max_mib", most.into(), self.memory_mib.into(), MEMORY_MIB_MAX.into())?;
+            let now = self.memory_mib;
+            let next = now + (most - now).max(1).next_multiple_of(PLUGGABLE_MIB);
+            if most != next {
+                return Err(ConfigError::MemoryMax { most, now, next });
+            }
+        }
         within("the number of drives", self.drives.len() as u64, 0, DRIVES_MAX as u64)?;
         within("the number of networks", self.networks.len() as u64, 0, NETWORKS_MAX as u64)?;
         self.networks.iter().try_for_each(NetworkConfig::check)?;
@@ -223,11 +257,21 @@ impl VmConfig {
         for (device, limits) in drives.chain(others) {
             limits.unwrap_or_default().check(device)?;
         }
+        within("the number of pmem devices", self.pmem.len() as u64, 0, PMEM_MAX as u64)?;
+        within("the number of devices", self.devices() as u64, 0, DEVICES_MAX as u64)?;
         within("the length of command_line", self.command_line.len() as u64, 0, COMMAND_LINE_MAX as u64)?;
         if !self.command_line.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
             return Err(ConfigError::NotPrintable { field: "command_line", value: self.command_line.clone() });
         }
         Ok(())
+    }
+}
+
+impl VmConfig {
+    /// How many devices it has: socket, entropy and console besides those that it names.
+    fn devices(&self) -> usize {
+        let memory = usize::from(self.balloon) + usize::from(self.memory_max_mib.is_some());
+        3 + self.drives.len() + self.networks.len() + self.pmem.len() + memory
     }
 }
 
@@ -275,6 +319,19 @@ mod tests {
     }
 
     #[test]
+    fn memory_grows_in_steps() {
+        let parse = |most: u32| parse(&format!(r#"{{"kernel":"/k","memory_mib":100,"memory_max_mib":{most}}}"#));
+        assert_eq!(parse(356).unwrap().vm.memory_max_mib, Some(356));
+        for (most, suggested) in [(100, 228), (227, 228), (229, 356)] {
+            let error = parse(most).unwrap_err();
+            assert!(matches!(error, ConfigError::MemoryMax { next, .. } if next == suggested), "{error}");
+        }
+        for most in [99, MEMORY_MIB_MAX + 1, u32::MAX] {
+            assert!(matches!(parse(most), Err(ConfigError::OutOfRange { field: "memory_max_mib", .. })), "{most}");
+        }
+    }
+
+    #[test]
     fn networks_are_bounded_and_checked() {
         let networks = |count: usize, tap: &str| {
             let list = vec![format!(r#"{{"tap":{{"name":"{tap}"}}}}"#); count].join(",");
@@ -283,6 +340,21 @@ mod tests {
         assert_eq!(networks(NETWORKS_MAX, "tap0").unwrap().vm.networks.len(), NETWORKS_MAX);
         assert!(matches!(networks(NETWORKS_MAX + 1, "tap0"), Err(ConfigError::OutOfRange { .. })));
         assert!(matches!(networks(1, "a tap"), Err(ConfigError::InterfaceName { .. })));
+    }
+
+    #[test]
+    fn there_are_as_many_devices_as_interrupts() {
+        let parse = |drives: usize, pmem: usize, balloon: bool| {
+            let list = |count| vec![r#"{"file":{"path":"/f"}}"#; count].join(",");
+            let (drives, pmem) = (list(drives), list(pmem));
+            parse(&format!(
+                r#"{{"kernel":"/k","memory_mib":100,"drives":[{drives}],"pmem":[{pmem}],"balloon":{balloon}}}"#
+            ))
+        };
+        assert!(parse(DRIVES_MAX, 0, false).is_ok() && parse(11, PMEM_MAX, true).is_ok());
+        for (drives, pmem, balloon) in [(DRIVES_MAX, 0, true), (12, PMEM_MAX, true), (0, PMEM_MAX + 1, false)] {
+            assert!(matches!(parse(drives, pmem, balloon), Err(ConfigError::OutOfRange { .. })), "{drives} {pmem}");
+        }
     }
 
     #[test]

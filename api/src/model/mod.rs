@@ -3,6 +3,7 @@
 
 mod container;
 mod event;
+mod memory;
 mod process;
 mod vm;
 
@@ -11,5 +12,6 @@ pub use container::{
     Kill, LimitsUpdate, MemoryStats, PidsStats, Stats, Top, TopProcess,
 };
 pub use event::{Event, EventKind};
+pub use memory::{Balloon, BalloonStatistics, BalloonUpdate};
 pub use process::{HEADER_LENGTH, Process, ProcessCreate, ProcessState, Size, StreamKind, TROUBLE, WaitResult};
-pub use vm::{Device, Vm, VmBoot, VmState};
+pub use vm::{Device, Vm, VmBoot, VmState, VmUpdate};

@@ -14,14 +14,31 @@ pub struct Vm {
     pub version: String,
     /// The guest kernel's file.
     pub kernel: String,
-    /// The number of vCPUs.
+    /// The number of vCPUs that the guest uses.
     pub vcpus: u8,
-    /// Guest memory in MiB.
+    /// The number of vCPUs that there are.
+    pub vcpus_max: u8,
+    /// Guest memory in MiB, what was plugged since it was booted included.
     pub memory_mib: u32,
+    /// The memory that the guest is asked to have, in MiB. It gets there as far as it can, and takes its time.
+    pub memory_requested_mib: u32,
+    /// The most that can be asked for, in MiB.
+    pub memory_max_mib: u32,
     /// Its devices, in the order in which the guest finds them.
     pub devices: Vec<Device>,
     /// When each part of its start was over.
     pub boot: VmBoot,
+}
+
+/// A change of a VM.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmUpdate {
+    /// How much memory the guest is asked to have, in MiB: between what it was booted with and `memory_max_mib`, rounded up
+    /// to whole blocks of 2 MiB.
+    pub memory_mib: Option<u32>,
+    /// How many vCPUs the guest is to use: 1 to `vcpus_max`.
+    pub vcpus: Option<u8>,
 }
 
 /// Where a VM is in its life.
@@ -41,7 +58,7 @@ pub enum VmState {
 /// A device of a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Device {
-    /// What it is: `vsock`, `block`, `entropy` or `console`.
+    /// What it is: `vsock`, `block`, `entropy`, `console`, `balloon`, `memory` or `pmem`.
     pub kind: String,
     /// What the driver has set up so far: `reset`, `ready` or `broken` (it broke a rule and must reset the device).
     pub status: String,

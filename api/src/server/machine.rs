@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use axum::Json;
@@ -10,12 +11,14 @@ use axum::body::Body as HttpBody;
 use axum::extract::State;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use protocol::{Answer, Call};
 use serde::Deserialize;
 
-use super::problem::{Problem, Query};
-use super::{DeviceFigures, Shared};
+use super::guest::unfit;
+use super::problem::{Body, Problem, ProblemKind, Query};
+use super::{Context, DeviceFigures, Shared, memory};
 use crate::config::VmConfig;
-use crate::model::{ContainerStatus, Event, EventKind, HostStats, Vm, VmState};
+use crate::model::{ContainerStatus, Event, EventKind, HostStats, Vm, VmState, VmUpdate};
 
 /// The size of a page, in which proc(5) counts memory.
 const PAGE: u64 = 4096;
@@ -23,18 +26,74 @@ const PAGE: u64 = 4096;
 /// Show the VM
 #[utoipa::path(get, path = "/v1/vm", tag = "vm", responses((status = 200, body = Vm)))]
 pub(super) async fn show(State(context): State<Shared>) -> Json<Vm> {
+    Json(shown(&context))
+}
+
+/// Change the VM, as far as its guest goes along
+#[utoipa::path(patch, path = "/v1/vm", tag = "vm", request_body = VmUpdate, responses(
+    (status = 200, body = Vm),
+    (status = "4XX", body = Problem, content_type = "application/problem+json")))]
+pub(super) async fn update(
+    State(context): State<Shared>,
+    Body(VmUpdate { memory_mib, vcpus }): Body<VmUpdate>,
+) -> Result<Json<Vm>, Problem> {
+    let most = context.config.vcpus;
+    if let Some(vcpus) = vcpus.filter(|vcpus| !(1..=most).contains(vcpus)) {
+        let detail = format!("vcpus is {vcpus}: give 1 to {most}, which is what the VM was started with");
+        return Err(Problem::new(ProblemKind::InvalidRequest, detail));
+    }
+    if let Some(memory_mib) = memory_mib {
+        memory::resize(&context, memory_mib)?;
+    }
+    if let Some(vcpus) = vcpus {
+        use_vcpus(&context, vcpus).await?;
+    }
+    Ok(Json(shown(&context)))
+}
+
+/// Has the guest use so many vCPUs.
+async fn use_vcpus(context: &Shared, asked: u8) -> Result<(), Problem> {
+    let vm = context.vm.state().vm;
+    if vm != VmState::Running {
+        return Err(Problem::state(format!("the VM is {}", word(vm))));
+    }
+    let most = context.config.vcpus;
+    let called = context.guest.send(Call::SetCpus { online: asked })?;
+    let context = Arc::clone(context);
+    let noted = called.settle(move |answer| match answer? {
+        Answer::Cpus(used) if (1..=most).contains(&used) => {
+            context.vm.change(|state| state.vcpus = Some(used));
+            Ok(used)
+        }
+        _ => Err(unfit()),
+    });
+    let used = noted.await?;
+    if used == asked {
+        return Ok(());
+    }
+    let detail =
+        format!("the guest uses {used} vCPUs and not {asked}: its kernel did not let go of one, or take one in");
+    Err(Problem::new(ProblemKind::GuestRefused, detail))
+}
+
+fn shown(context: &Context) -> Vm {
     let devices = context.machine.devices();
+    let plugged = context.machine.plugged();
+    let config = &context.config;
     let state = context.vm.state();
-    Json(Vm {
+    Vm {
         state: state.vm,
         pid: std::process::id(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        kernel: context.config.kernel.display().to_string(),
-        vcpus: context.config.vcpus,
-        memory_mib: context.config.memory_mib,
+        kernel: config.kernel.display().to_string(),
+        vcpus: state.vcpus.unwrap_or(config.vcpus),
+        vcpus_max: config.vcpus,
+        memory_mib: config.memory_mib + plugged.plugged_mib,
+        memory_requested_mib: config.memory_mib + plugged.requested_mib,
+        memory_max_mib: config.memory_max_mib.unwrap_or(config.memory_mib),
         devices,
         boot: state.boot,
-    })
+    }
 }
 
 /// Show the VM's configuration as it was booted
@@ -147,16 +206,17 @@ fn lines(events: &[Event]) -> io::Result<String> {
 #[utoipa::path(get, path = "/v1/metrics", tag = "vm", responses((status = 200, content_type = "text/plain")))]
 pub(super) async fn metrics(State(context): State<Shared>) -> Response {
     let host = host_stats();
-    let (up, running) = {
+    let (up, running, vcpus) = {
         let state = context.vm.state();
         let running = state.containers.values().filter(|entry| entry.state.status == ContainerStatus::Running);
-        (u64::from(state.vm == VmState::Running), running.count() as u64)
+        (u64::from(state.vm == VmState::Running), running.count() as u64, state.vcpus)
     };
+    let memory_bytes = u64::from(context.config.memory_mib + context.machine.plugged().plugged_mib) << 20;
     let processes = u64::from(context.next_process.load(Ordering::Relaxed) - 1);
     let figures: [(&str, &str, &str, u64); 7] = [
         ("cofferdam_vm_up", "gauge", "Whether the agent takes requests and the vCPUs run.", up),
-        ("cofferdam_vm_vcpus", "gauge", "Number of vCPUs.", context.config.vcpus.into()),
-        ("cofferdam_vm_memory_bytes", "gauge", "Guest memory.", u64::from(context.config.memory_mib) << 20),
+        ("cofferdam_vm_vcpus", "gauge", "Number of vCPUs in use.", vcpus.unwrap_or(context.config.vcpus).into()),
+        ("cofferdam_vm_memory_bytes", "gauge", "Guest memory.", memory_bytes),
         ("cofferdam_containers_running", "gauge", "Containers whose program runs.", running),
         ("cofferdam_processes_executed_total", "counter", "Processes asked for besides first ones.", processes),
         ("cofferdam_monitor_cpu_microseconds_total", "counter", "CPU time of monitor and vCPUs.", host.cpu_us),

@@ -4,7 +4,7 @@
 //! - [`vm`]: the state, and who may change it how.
 //! - [`guest`]: calls to the agent and what it reports.
 //! - [`streams`], [`log`]: what processes write and read.
-//! - [`routes`]: the paths of the API, by resource: [`machine`], [`containers`], [`processes`], [`files`].
+//! - [`routes`]: the paths of the API, by resource: [`machine`], [`memory`], [`containers`], [`processes`], [`files`].
 //! - [`problem`]: what is answered when something is wrong.
 //!
 //! No request waits for another: each is a task, none holds the state while it waits, and every call to the guest has a
@@ -15,6 +15,7 @@ mod files;
 mod guest;
 mod log;
 mod machine;
+mod memory;
 pub mod problem;
 mod processes;
 mod routes;
@@ -40,7 +41,7 @@ use self::streams::{Ends, Streams};
 use self::vm::Vm;
 use crate::config::{ContainerConfig, VmConfig};
 use crate::control::EXIT_FAILED;
-use crate::model::{ContainerState, ContainerStatus, Device, VmBoot, VmState};
+use crate::model::{Balloon, ContainerState, ContainerStatus, Device, VmBoot, VmState};
 use crate::record::End;
 use crate::session::{SessionError, chain, wall_clock_ns};
 
@@ -73,6 +74,26 @@ pub trait Machine: Send + Sync {
     fn offer(&self, port: u32, stream: StdStream);
     /// Takes an offer back that was not taken.
     fn withdraw(&self, port: u32);
+    /// The memory that was plugged since the VM was booted.
+    fn plugged(&self) -> Plugged;
+    /// Asks the guest to plug so many MiB in all.
+    fn plug(&self, mib: u32);
+    /// The VM's balloon, if it has one.
+    fn balloon(&self) -> Option<Balloon>;
+    /// Asks the guest for a balloon of so many MiB.
+    fn set_balloon(&self, target_mib: u32);
+    /// Asks the guest for statistics of its memory. `heard` is called when there are new ones, by another thread; it is
+    /// dropped when there will be none.
+    fn ask_statistics(&self, heard: Box<dyn FnOnce() + Send>);
+}
+
+/// Memory beside that which a VM was booted with.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Plugged {
+    /// What the guest is asked for, in MiB.
+    pub requested_mib: u32,
+    /// What it has plugged, in MiB.
+    pub plugged_mib: u32,
 }
 
 /// What a device has counted.

@@ -18,7 +18,7 @@ use utoipa_axum::routes;
 
 use super::problem::{Problem, ProblemKind};
 use super::streams::Streams;
-use super::{Shared, containers, files, machine, processes};
+use super::{Shared, containers, files, machine, memory, processes};
 
 /// The longest body of a request that is no archive: a container with the arguments and the environment of its program.
 const BODY_MAX: usize = 4 << 20;
@@ -40,7 +40,7 @@ struct Document;
 
 fn described() -> OpenApiRouter<Shared> {
     OpenApiRouter::with_openapi(Document::openapi())
-        .routes(routes!(machine::show))
+        .routes(routes!(machine::show, machine::update))
         .routes(routes!(machine::config))
         .routes(routes!(machine::pause))
         .routes(routes!(machine::resume))
@@ -48,6 +48,7 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(machine::console))
         .routes(routes!(machine::events))
         .routes(routes!(machine::metrics))
+        .routes(routes!(memory::show, memory::update))
         .routes(routes!(containers::list, containers::create))
         .routes(routes!(containers::show, containers::delete))
         .routes(routes!(containers::start))

@@ -69,6 +69,8 @@ pub struct State {
     pub vm: VmState,
     /// When each part of its start was over.
     pub boot: VmBoot,
+    /// How many vCPUs the guest uses, once it was asked to use less than all.
+    pub vcpus: Option<u8>,
     /// Its containers.
     pub containers: BTreeMap<String, Entry>,
     events: VecDeque<Event>,
@@ -85,7 +87,8 @@ pub struct Vm {
 impl Default for Vm {
     fn default() -> Self {
         let (containers, events) = (BTreeMap::new(), VecDeque::new());
-        let state = State { vm: VmState::Booting, boot: VmBoot::default(), containers, events, next_event: 1 };
+        let boot = VmBoot::default();
+        let state = State { vm: VmState::Booting, boot, vcpus: None, containers, events, next_event: 1 };
         Self { state: Mutex::new(state), changes: watch::Sender::new(0) }
     }
 }

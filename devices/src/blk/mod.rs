@@ -38,7 +38,7 @@ use crate::limit::Limiter;
 use crate::queue::QUEUE_SIZE_MAX;
 use crate::ring_io::{DEPTH, RingIo};
 
-/// The most queues: more than a disk of a micro-VM keeps busy, and each costs two descriptors.
+/// The most queues: more than a disk of a micro-VM keeps busy, and each costs a descriptor.
 pub const QUEUES_MAX: u16 = 4;
 
 /// The unit of the capacity and of request positions (§5.2.2).

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use tests::sandbox::{Detached, Sandbox};
 
 /// Asks with curl, and gives the status code and the answer.
-fn curl(sandbox: &Sandbox, container: &Detached<'_>, arguments: &[&str], path: &str) -> (u16, String) {
+pub(crate) fn curl(sandbox: &Sandbox, container: &Detached<'_>, arguments: &[&str], path: &str) -> (u16, String) {
     let socket = format!("{}/api.sock", container.inspect("state_directory"));
     let url = format!("http://cofferdam{path}");
     let given = ["--silent", "--show-error", "--write-out", "\n%{http_code}", "--unix-socket", &socket];
@@ -13,7 +13,7 @@ fn curl(sandbox: &Sandbox, container: &Detached<'_>, arguments: &[&str], path: &
     (code.parse().unwrap(), body.to_owned())
 }
 
-fn json_of((code, body): (u16, String)) -> (u16, Value) {
+pub(crate) fn json_of((code, body): (u16, String)) -> (u16, Value) {
     (code, serde_json::from_str(&body).unwrap_or_else(|error| panic!("{error}: {body}")))
 }
 
@@ -41,6 +41,25 @@ fn a_vm_pauses_whole() {
     assert_eq!(json_of(curl(&sandbox, &pod, &[], "/v1/vm")).1["state"], "paused");
     assert_eq!(post("/v1/vm/resume"), 204);
     assert_eq!(pod.verb("exec", &[], &["echo", "again"]).end().succeeded(), "again\n");
+}
+
+#[test]
+fn a_vm_uses_fewer_vcpus_for_a_while() {
+    let sandbox = Sandbox::new();
+    let pod = sandbox.detached("pod", &["--cpus", "2"], "busybox", &["sleep", "1000"]);
+    let resize = |vcpus: u8| {
+        let body = json!({"vcpus": vcpus}).to_string();
+        json_of(curl(&sandbox, &pod, &["--request", "PATCH", "--json", &body], "/v1/vm"))
+    };
+    for vcpus in [1, 2] {
+        let (code, vm) = resize(vcpus);
+        assert_eq!((code, &vm["vcpus"], &vm["vcpus_max"]), (200, &json!(vcpus), &json!(2)), "{vm}");
+        assert_eq!(pod.verb("exec", &[], &["nproc"]).end().succeeded(), format!("{vcpus}\n"));
+    }
+    for vcpus in [0, 3] {
+        let (code, problem) = resize(vcpus);
+        assert_eq!((code, &problem["type"]), (400, &json!("invalid-request")), "{problem}");
+    }
 }
 
 #[test]

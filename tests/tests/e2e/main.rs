@@ -14,6 +14,7 @@ mod hostile;
 mod images;
 mod life;
 mod limits;
+mod memory;
 mod network;
 mod programs;
 mod signals;

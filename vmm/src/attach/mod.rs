@@ -2,22 +2,26 @@
 
 mod drive;
 mod limits;
+pub(crate) mod memory;
 mod network;
 
 use std::sync::{Arc, Mutex};
 
 use api::config::VmConfig;
-use devices::GuestMemory;
+use devices::balloon::Balloon;
 use devices::blk::Blk;
 use devices::console::{Console, ConsoleOutput};
 use devices::device::VirtioDevice;
+use devices::mem::Mem;
 use devices::mmio::{MmioDevice, QUEUE_NOTIFY, WINDOW};
+use devices::pmem::Pmem;
 use devices::rng::Rng;
 use devices::vsock::Vsock;
 use devices::vsock::ports::HostPorts;
 use kvm_ioctls::{IoEventAddress, VmFd};
 
-use crate::layout::{IRQ_LAST, VIRTIO, VIRTIO_IRQ};
+use self::memory::{Arranged, Persistent};
+use crate::layout::{VIRTIO, VIRTIO_IRQ};
 use crate::machine::{MachineError, kvm};
 
 /// Makes the devices that the configuration asks for, in the order in which the guest finds them.
@@ -27,7 +31,7 @@ use crate::machine::{MachineError, kvm};
 pub(crate) fn devices(
     config: &VmConfig,
     vm: &VmFd,
-    guest: &GuestMemory,
+    memory: Arranged,
     ports: HostPorts,
     console: &ConsoleOutput,
 ) -> Result<Vec<Arc<Mutex<MmioDevice>>>, MachineError> {
@@ -37,7 +41,7 @@ pub(crate) fn devices(
     // Vsock first: the agent waits for it, and the kernel probes in this order.
     let mut devices: Vec<(&'static str, Box<dyn VirtioDevice>)> = vec![("vsock", Box::new(vsock))];
     for (index, drive) in config.drives.iter().enumerate() {
-        let file = drive::open(drive)?;
+        let file = drive::open("the drive", "the inherited drive", &drive.file, drive.read_only)?;
         let blk = drive::options(drive, index, config.vcpus).and_then(|options| Blk::new(file, options));
         let blk = blk.map_err(failed("block"))?;
         devices.push(("block", Box::new(blk)));
@@ -49,15 +53,21 @@ pub(crate) fn devices(
     devices.push(("entropy", Box::new(Rng::new(limiter))));
     let limiter = limits::limiter(config.console_limits).map_err(failed("console"))?;
     devices.push(("console", Box::new(Console::new(console.clone(), limiter))));
-
-    let (count, most) = (devices.len(), (IRQ_LAST - VIRTIO_IRQ + 1) as usize);
-    if count > most {
-        return Err(MachineError::TooManyDevices { count, most });
+    // Last: nobody waits for those.
+    if let Some(balloon) = &memory.controls.balloon {
+        devices.push(("balloon", Box::new(Balloon::new(balloon.clone()))));
     }
+    if let Some((mem, start)) = &memory.controls.mem {
+        devices.push(("memory", Box::new(Mem::new(mem.clone(), *start))));
+    }
+    for Persistent { file, range } in memory.persistent {
+        devices.push(("pmem", Box::new(Pmem::new(file, range))));
+    }
+
     (0u32..)
         .zip(devices)
         .map(|(index, (name, device))| {
-            let device = MmioDevice::new(device, guest.clone()).map_err(failed(name))?;
+            let device = MmioDevice::new(device, memory.all.clone()).map_err(failed(name))?;
             connect(vm, &device, index)?;
             Ok(Arc::new(Mutex::new(device)))
         })

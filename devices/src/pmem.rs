@@ -1,0 +1,157 @@
+//! The persistent memory device (VIRTIO 1.2 §5.19, "PMEM Device", device ID 27).
+//!
+//! A file as a range of guest-physical memory, which the guest uses without a copy of its own. The device tells where the
+//! range is and takes requests to flush it; it is for whoever maps the file to see that a read-only one cannot be changed,
+//! and flushing such a one has nothing to do.
+//!
+//! A flush takes as long as the disk behind the file; meanwhile no other device of the VM is served, as with a flush of a
+//! block device.
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::ops::Range;
+
+use crate::GuestMemory;
+use crate::device::{Broken, Event, Resources, VirtioDevice, read_config_bytes};
+use crate::queue::Chain;
+
+/// The one type of request (§5.19.6): `struct virtio_pmem_req`, whose answer is a `struct virtio_pmem_resp`.
+const FLUSH: u32 = 0;
+const OK: u32 = 0;
+const FAILED: u32 = 1;
+const QUEUE_SIZES: [u16; 1] = [64];
+
+/// A persistent memory device.
+#[derive(Debug)]
+pub struct Pmem {
+    /// The file to flush, unless nothing can change it.
+    file: Option<File>,
+    range: Range<u64>,
+    counters: Counters,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    flushes: u64,
+    failed_requests: u64,
+}
+
+impl Pmem {
+    /// A device whose file is mapped at `range` of guest-physical memory; `file` is `None` if it is read-only.
+    pub fn new(file: Option<File>, range: Range<u64>) -> Self {
+        Self { file, range, counters: Counters::default() }
+    }
+
+    /// Serves one request and returns how many bytes were written into its buffers.
+    fn serve(&mut self, memory: &GuestMemory, chain: Chain<'_>) -> Result<u32, &'static str> {
+        let mut kind = [0; 4];
+        let mut reader = chain.clone().reader(memory).map_err(|_| "a request lies outside of memory")?;
+        reader.read_exact(&mut kind).map_err(|_| "a request is too short")?;
+        let answer = match (u32::from_le_bytes(kind), &self.file) {
+            (FLUSH, Some(file)) if file.sync_data().is_err() => FAILED,
+            (FLUSH, _) => OK,
+            _ => FAILED,
+        };
+        let counter = if answer == OK { &mut self.counters.flushes } else { &mut self.counters.failed_requests };
+        *counter += 1;
+        let answer = answer.to_le_bytes();
+        let mut writer = chain.writer(memory).map_err(|_| "a response lies outside of memory")?;
+        writer.write_all(&answer).map_err(|_| "a request has no room for the response")?;
+        Ok(answer.len() as u32)
+    }
+}
+
+impl VirtioDevice for Pmem {
+    fn device_type(&self) -> u32 {
+        virtio_bindings::virtio_ids::VIRTIO_ID_PMEM
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    /// `struct virtio_pmem_config` (§5.19.4): start, size.
+    fn read_config(&self, offset: usize, data: &mut [u8]) {
+        let fields = [self.range.start, self.range.end - self.range.start];
+        read_config_bytes(fields.map(u64::to_le_bytes).as_flattened(), offset, data);
+    }
+
+    fn start(&mut self, _: u64) {}
+
+    fn process(&mut self, resources: Resources<'_>, _: Event) -> Result<(), Broken> {
+        let Resources { memory, queues: [queue], .. } = resources else { return Ok(()) };
+        queue.for_each(memory, |chain| self.serve(memory, chain).map_err(|reason| Broken::Chain { queue: 0, reason }))
+    }
+
+    fn reset(&mut self) {}
+
+    fn metrics(&self) -> Vec<(&'static str, u64)> {
+        let Counters { flushes, failed_requests } = self.counters;
+        vec![("flushes", flushes), ("failed_requests", failed_requests)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::testing::{BUFFERS, Buffer, Driver};
+
+    const RANGE: Range<u64> = 0x1_8000_0000..0x1_8060_0000;
+
+    /// Sends a request and gives the answer.
+    fn ask(driver: &mut Driver, kind: u32) -> u32 {
+        driver.memory.write_obj(kind, GuestAddress(BUFFERS)).unwrap();
+        driver.memory.write_obj(u32::MAX, GuestAddress(BUFFERS + 64)).unwrap();
+        let buffer = |address, writable| Buffer { address, length: 4, writable };
+        let head = driver.offer(0, &[buffer(BUFFERS, false), buffer(BUFFERS + 64, true)]);
+        driver.device.dispatch(Event::Queue(0));
+        assert_eq!(driver.used(0), Some((head, 4)));
+        driver.memory.read_obj(GuestAddress(BUFFERS + 64)).unwrap()
+    }
+
+    fn metrics(driver: &Driver) -> (u64, u64) {
+        let metric = |name| driver.device.metrics().into_iter().find(|(found, _)| *found == name).unwrap().1;
+        (metric("flushes"), metric("failed_requests"))
+    }
+
+    #[test]
+    fn the_range_is_told() {
+        let mut driver = Driver::new(Box::new(Pmem::new(None, RANGE)));
+        let words = [0x100, 0x104, 0x108, 0x10c].map(|offset| driver.read(offset));
+        assert_eq!(words, [0x8000_0000, 1, 0x60_0000, 0]);
+    }
+
+    #[test]
+    fn a_flush_is_answered_whether_or_not_there_is_something_to_do() {
+        for file in [None, Some(tempfile::tempfile().unwrap())] {
+            let mut driver = Driver::new(Box::new(Pmem::new(file, RANGE))).start();
+            assert_eq!(ask(&mut driver, FLUSH), OK);
+            assert_eq!(metrics(&driver), (1, 0));
+        }
+    }
+
+    #[test]
+    fn what_fails_or_is_not_known_is_told() {
+        // A pipe cannot be flushed.
+        let (reader, _) = std::io::pipe().unwrap();
+        let mut driver = Driver::new(Box::new(Pmem::new(Some(OwnedFd::from(reader).into()), RANGE))).start();
+        assert_eq!(ask(&mut driver, FLUSH), FAILED);
+        assert_eq!(ask(&mut driver, 9), FAILED);
+        assert_eq!(metrics(&driver), (0, 2));
+    }
+
+    #[test]
+    fn requests_without_their_parts_break_the_device() {
+        let buffer = |length, writable| Buffer { address: BUFFERS, length, writable };
+        for chain in [vec![buffer(3, false), buffer(4, true)], vec![buffer(4, false), buffer(3, true)]] {
+            let mut driver = Driver::new(Box::new(Pmem::new(None, RANGE))).start();
+            driver.offer(0, &chain);
+            driver.device.dispatch(Event::Queue(0));
+            assert_eq!(driver.read(0x70) & 0x40, 0x40, "{chain:?}");
+        }
+    }
+}
