@@ -18,6 +18,8 @@ pub const MEMORY_MIB_MIN: u32 = 48;
 pub const MEMORY_MIB_MAX: u32 = 1 << 20;
 /// The most block devices a VM can have.
 pub const DRIVES_MAX: usize = 16;
+/// The most ports of the host.
+pub const PORTS_MAX: usize = 64;
 /// The longest document read: a container specification holds its program's arguments and environment, 2 MiB at most.
 const DOCUMENT_MAX: u64 = 8 << 20;
 /// The longest addition to the kernel command line; x86 Linux takes 2,048 bytes in all.
@@ -33,12 +35,25 @@ pub struct LaunchConfig {
     /// its guest powers off or it is told to end.
     #[serde(default)]
     pub container: Option<ContainerConfig>,
-    /// The state directory, for the container's log and the record of its end.
+    /// The folder for the container's log and the record of its end: all that the monitor can reach. It is given to the
+    /// monitor's user where the monitor is not its caller's.
     #[serde(default)]
     pub folder: Option<PathBuf>,
     /// Whether the container is started again when it has ended; needs a state directory.
     #[serde(default)]
     pub restart: Option<RestartPolicy>,
+    /// The jail that the monitor is in, as far as there is a choice.
+    #[serde(default)]
+    pub jail: JailConfig,
+}
+
+/// What can be chosen of a monitor's jail; what is in it otherwise is described in `docs/decisions/0007-jail.md`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JailConfig {
+    /// A network namespace to be in instead of an empty one: a file like `/proc/PID/ns/net`.
+    #[serde(default)]
+    pub network_namespace: Option<PathBuf>,
 }
 
 /// When a container that has ended is started again, unless somebody wanted it to end.
@@ -91,13 +106,23 @@ pub struct VmConfig {
     /// Block devices, in the order in which the guest names them: `/dev/vda`, `/dev/vdb`, ….
     #[serde(default)]
     pub drives: Vec<DriveConfig>,
-    /// A socket path: the guest's vsock connection to port N of the host goes to the Unix socket `PATH_N`. Ports of
-    /// the container's own session come before it.
+    /// Ports of the host that the guest can connect to, besides those of the container's own session.
     #[serde(default)]
-    pub vsock: Option<PathBuf>,
+    pub vsock: Vec<PortConfig>,
     /// Whether the guest gets an early serial console, for finding out why a kernel dies before its console is up.
     #[serde(default)]
     pub serial: bool,
+}
+
+/// A port of the host's, for one connection of the guest's. The monitor connects to the socket when it starts, since it can
+/// reach none later.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PortConfig {
+    /// The port.
+    pub port: u32,
+    /// The path of a Unix socket that somebody listens at.
+    pub socket: PathBuf,
 }
 
 /// A block device.
@@ -196,6 +221,7 @@ impl VmConfig {
         within("vcpus", self.vcpus.into(), 1, VCPUS_MAX.into())?;
         within("memory_mib", self.memory_mib.into(), MEMORY_MIB_MIN.into(), MEMORY_MIB_MAX.into())?;
         within("the number of drives", self.drives.len() as u64, 0, DRIVES_MAX as u64)?;
+        within("the number of vsock ports", self.vsock.len() as u64, 0, PORTS_MAX as u64)?;
         within("the length of command_line", self.command_line.len() as u64, 0, COMMAND_LINE_MAX as u64)?;
         if !self.command_line.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
             return Err(ConfigError::NotPrintable { field: "command_line", value: self.command_line.clone() });

@@ -64,6 +64,16 @@ impl StateDirectory {
         _ = fs::remove_file(self.path.join(name));
     }
 
+    /// The folder of what its monitor writes.
+    pub fn monitor_folder(&self) -> PathBuf {
+        self.path.join(api::folder::NAME)
+    }
+
+    /// Removes the record of the container's last end, which need not be there.
+    pub fn forget_end(&self) {
+        _ = fs::remove_file(self.monitor_folder().join(api::record::NAME));
+    }
+
     /// Says whether it stays, until it is removed.
     pub fn keep(&mut self, kept: bool) {
         self.kept = kept;

@@ -108,22 +108,22 @@ mod tests {
         let (Some(folder), Ok(role)) = (std::env::var_os(FOLDER), std::env::var(ROLE)) else { return };
         let folder = Path::new(&folder);
         if role == "supervisor" {
-            api::lock::take(folder, Byte::Supervisor).unwrap();
             // Inherited by what it starts, as a monitor inherits it.
             let lock = File::options().read(true).write(true).open(folder.join(api::lock::NAME)).unwrap();
+            api::lock::take(&lock, Byte::Supervisor).unwrap();
             hold(&lock, Wait::Yes).unwrap();
             rustix::io::fcntl_setfd(&lock, rustix::io::FdFlags::empty()).unwrap();
             loop {
                 copy(folder, "monitor").status().unwrap();
             }
         }
-        api::lock::take(folder, Byte::Monitor).unwrap();
+        let lock = File::options().read(true).write(true).open(folder.join(api::lock::NAME)).unwrap();
+        api::lock::take(&lock, Byte::Monitor).unwrap();
         if role == "alone" {
-            let lock = File::options().read(true).write(true).open(folder.join(api::lock::NAME)).unwrap();
             hold(&lock, Wait::Yes).unwrap();
-            std::mem::forget(lock);
         }
         thread::sleep(Duration::from_secs(60));
+        drop(lock);
         std::process::exit(0);
     }
 

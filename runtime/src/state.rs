@@ -320,11 +320,10 @@ impl RunRoot {
         // What starts it again knows nothing but the document that it was started with.
         if record.restart.is_some()
             && self.is_alive(id)
-            && let Ok(LaunchConfig { container: Some(mut container), vm, folder: place, restart }) =
-                LaunchConfig::read(&folder.join(CONFIG))
+            && let Ok(mut config) = LaunchConfig::read(&folder.join(CONFIG))
+            && let Some(container) = &mut config.container
         {
             container.spec.limits = record.container.spec.limits;
-            let config = LaunchConfig { container: Some(container), vm, folder: place, restart };
             let bytes = serde_json::to_vec(&config).map_err(|error| failed("encode", folder)(error.into()))?;
             write(folder, CONFIG, &bytes)?;
         }
@@ -367,6 +366,13 @@ pub struct Found {
     pub record: Record,
     /// Whether its monitor, or whoever makes it, lived when it was looked at.
     pub alive: bool,
+}
+
+impl Found {
+    /// The folder of what its monitor writes.
+    pub fn monitor_folder(&self) -> PathBuf {
+        self.folder.join(api::folder::NAME)
+    }
 }
 
 fn is_id(name: &str) -> bool {
@@ -564,6 +570,7 @@ mod tests {
             container: Some(found.record.container.clone()),
             folder: None,
             restart: found.record.restart,
+            jail: api::config::JailConfig::default(),
         };
         let path = state.write(CONFIG, &serde_json::to_vec(&config).unwrap()).unwrap();
         let change = |record: &mut Record| {

@@ -1,8 +1,8 @@
 //! A place for one test: directories of its own for everything that `cofferdam` writes, and the check that nothing is
 //! left of it.
 //!
-//! Every process that runs here has the place's path in its environment, by which it is found wherever it is in the
-//! tree of processes.
+//! Every process that runs here has the place's path in its environment, or among its arguments where its environment is
+//! empty, by which it is found wherever it is in the tree of processes.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -269,9 +269,10 @@ impl Sandbox {
         entries
             .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
             .filter(|pid| {
-                // Processes that end while we look have no environment any more.
-                let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-                environment.windows(here.len()).any(|window| window == here.as_bytes())
+                // Processes that end while we look have nothing any more.
+                let read = |what| fs::read(format!("/proc/{pid}/{what}")).unwrap_or_default();
+                let names_it = |text: Vec<u8>| text.windows(here.len()).any(|window| window == here.as_bytes());
+                ["environ", "cmdline"].into_iter().map(read).any(names_it)
             })
             .collect()
     }

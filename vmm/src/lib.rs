@@ -6,6 +6,7 @@
 //! - [`populate`]: the guest memory that every boot writes to, made present meanwhile.
 //! - [`boot`]: the kernel image, the zero page, the MP table and the first registers.
 //! - [`cpuid`]: what the guest's CPUs say they are.
+//! - [`resources`]: what a VM is made of, opened before the jail is entered.
 //! - [`machine`]: the VM in phases: memory, devices, vCPUs.
 //! - [`inherited`]: descriptors that the front end left open.
 //! - [`vcpu`]: one thread a vCPU: run, handle the exit, run.
@@ -28,5 +29,6 @@ pub mod monitor;
 pub mod pause;
 pub mod populate;
 pub mod probe;
+pub mod resources;
 pub mod restart;
 pub mod vcpu;

@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use api::config::{DriveConfig, DriveFile, VmConfig};
+use api::config::VmConfig;
 use devices::GuestMemory;
 use devices::blk::Blk;
 use devices::console::{Console, ConsoleOutput};
@@ -27,18 +27,15 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::boot::{command_line, kernel, mp_table, registers, zero_page};
 use crate::cpuid;
-use crate::inherited;
 use crate::layout::{self, IRQ_LAST, PAGE, SERIAL_IRQ, VIRTIO, VIRTIO_IRQ};
 use crate::memory::{self, MemoryError};
 use crate::populate;
+use crate::resources::Resources;
 use crate::vcpu::Bus;
 
 /// Why a VM was not built.
 #[derive(Debug, Error)]
 pub enum MachineError {
-    /// KVM is not usable.
-    #[error("cannot open /dev/kvm: {}", open_hint(.0))]
-    OpenKvm(#[source] kvm_ioctls::Error),
     /// A step that KVM refused.
     #[error("KVM cannot {step}")]
     Kvm {
@@ -51,17 +48,6 @@ pub enum MachineError {
     /// Guest memory is not as asked for.
     #[error("cannot set guest memory up")]
     Memory(#[from] MemoryError),
-    /// A file cannot be opened.
-    #[error("cannot open {what} {}", path.display())]
-    Open {
-        /// What it is for.
-        what: &'static str,
-        /// Its path.
-        path: PathBuf,
-        /// What the system says.
-        #[source]
-        source: io::Error,
-    },
     /// The kernel cannot be loaded.
     #[error("cannot load the kernel {}", path.display())]
     Kernel {
@@ -70,6 +56,15 @@ pub enum MachineError {
         /// What is wrong with it.
         #[source]
         source: kernel::KernelError,
+    },
+    /// The initial RAM file system cannot be looked at.
+    #[error("cannot look at the initial RAM file system {}", path.display())]
+    Length {
+        /// Its path.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
     },
     /// The initial RAM file system cannot be loaded.
     #[error("cannot place the {length} bytes of the initial RAM file system {}: it is empty, or larger than the VM", path.display())]
@@ -93,14 +88,6 @@ pub enum MachineError {
     },
 }
 
-fn open_hint(error: &kvm_ioctls::Error) -> &'static str {
-    match error.errno() {
-        libc::ENOENT => "this machine offers no hardware virtualization, or the kvm module is not loaded",
-        libc::EACCES | libc::EPERM => "add yourself to the group that owns it (usually kvm)",
-        _ => "it is there, but does not open",
-    }
-}
-
 fn kvm(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> MachineError {
     move |source| MachineError::Kvm { step, source }
 }
@@ -117,17 +104,19 @@ pub struct Machine {
     pub vm: VmFd,
 }
 
-/// Builds a VM whose guest finds the host's vsock ports at `ports`.
+/// Builds a VM of what was opened for it.
 ///
 /// # Errors
 /// [`MachineError`] names the step, the file or the number.
-pub fn build(config: &VmConfig, ports: HostPorts, echo_console: bool) -> Result<Machine, MachineError> {
-    let kvm_device = Kvm::new().map_err(MachineError::OpenKvm)?;
+pub fn build(config: &VmConfig, resources: Resources, echo_console: bool) -> Result<Machine, MachineError> {
+    let Resources { kvm: kvm_device, kernel, initramfs, drives, ports } = resources;
     let guest = memory::reserve(config.memory_mib)?;
-    let path = &config.kernel;
-    let file = open("the kernel", path)?;
-    let kernel = kernel::load(&guest, &file).map_err(|source| MachineError::Kernel { path: path.clone(), source })?;
-    let initramfs = config.initramfs.as_deref().map(|path| Initramfs::place(&guest, path, kernel.end)).transpose()?;
+    let kernel =
+        kernel::load(&guest, &kernel).map_err(|source| MachineError::Kernel { path: config.kernel.clone(), source })?;
+    let initramfs = match (&config.initramfs, initramfs) {
+        (Some(path), Some(file)) => Some(Initramfs::place(&guest, path, file, kernel.end)?),
+        _ => None,
+    };
     let place = initramfs.as_ref().map(|initramfs| initramfs.address);
     let populating = populate::start(&guest, kernel.file_end..kernel.end, place);
 
@@ -137,7 +126,8 @@ pub fn build(config: &VmConfig, ports: HostPorts, echo_console: bool) -> Result<
     vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
 
     let console = ConsoleOutput::new(echo_console);
-    let devices = add_devices(config, &vm, &guest, ports, &console)?;
+    let drives = config.drives.iter().map(|drive| drive.read_only).zip(drives).collect();
+    let devices = add_devices(drives, &vm, &guest, ports, &console)?;
     let serial = config.serial.then(|| Arc::new(Mutex::new(Serial::new(console.clone()))));
     describe(config, &guest, devices.len(), initramfs)?;
     let vcpus = add_vcpus(&kvm_device, &vm, &guest, config.vcpus, kernel.entry)?;
@@ -162,7 +152,7 @@ fn add_memory(vm: &VmFd, guest: &GuestMemory) -> Result<(), MachineError> {
 }
 
 fn add_devices(
-    config: &VmConfig,
+    drives: Vec<(bool, File)>,
     vm: &VmFd,
     guest: &GuestMemory,
     ports: HostPorts,
@@ -172,9 +162,8 @@ fn add_devices(
     // Vsock first: the agent waits for it, and the kernel probes in this order.
     let mut devices: Vec<(&'static str, Box<dyn VirtioDevice>)> =
         vec![("vsock", Box::new(Vsock::new(ports).map_err(failed("vsock"))?))];
-    for (index, drive) in config.drives.iter().enumerate() {
-        let file = open_drive(drive)?;
-        let blk = Blk::new(file, drive.read_only, &format!("drive{index}")).map_err(failed("block"))?;
+    for (index, (read_only, file)) in drives.into_iter().enumerate() {
+        let blk = Blk::new(file, read_only, &format!("drive{index}")).map_err(failed("block"))?;
         devices.push(("block", Box::new(blk)));
     }
     devices.push(("entropy", Box::new(Rng)));
@@ -197,20 +186,6 @@ fn connect(vm: &VmFd, device: &MmioDevice, index: u32) -> Result<(), MachineErro
         vm.register_ioevent(queue.kick(), &notify, number).map_err(kvm("connect a queue's notification"))?;
     }
     vm.register_irqfd(device.interrupt().line(), VIRTIO_IRQ + index).map_err(kvm("connect a device's interrupt"))
-}
-
-fn open_drive(drive: &DriveConfig) -> Result<File, MachineError> {
-    match &drive.file {
-        DriveFile::Path(path) => {
-            let opened = File::options().read(true).write(!drive.read_only).open(path);
-            opened.map_err(|source| MachineError::Open { what: "the drive", path: path.clone(), source })
-        }
-        DriveFile::Descriptor(number) => {
-            let path = || PathBuf::from(format!("/proc/self/fd/{number}"));
-            let taken = inherited::take(*number);
-            Ok(taken.map_err(|source| MachineError::Open { what: "the inherited drive", path: path(), source })?.into())
-        }
-    }
 }
 
 /// Puts what the kernel is told, and the initial RAM file system, into guest memory.
@@ -247,11 +222,9 @@ struct Initramfs {
 }
 
 impl Initramfs {
-    fn place(guest: &GuestMemory, path: &Path, kernel_end: u64) -> Result<Self, MachineError> {
-        let what = "the initial RAM file system";
-        let file = open(what, path)?;
-        let metadata = file.metadata();
-        let length = metadata.map_err(|source| MachineError::Open { what, path: path.to_owned(), source })?.len();
+    fn place(guest: &GuestMemory, path: &Path, file: File, kernel_end: u64) -> Result<Self, MachineError> {
+        let length = file.metadata();
+        let length = length.map_err(|source| MachineError::Length { path: path.to_owned(), source })?.len();
         let misfit = || MachineError::Initramfs { path: path.to_owned(), length };
         let low_end = guest.iter().next().map_or(0, GuestMemoryRegion::len);
         let address = low_end.checked_sub(length).map(|address| address - address % PAGE).ok_or_else(misfit)?;
@@ -271,10 +244,6 @@ impl Initramfs {
         memory::copy(guest, &self.file, 0, self.address, self.length)?;
         Ok(self.told)
     }
-}
-
-fn open(what: &'static str, path: &Path) -> Result<File, MachineError> {
-    File::open(path).map_err(|source| MachineError::Open { what, path: path.to_owned(), source })
 }
 
 fn add_vcpus(device: &Kvm, vm: &VmFd, guest: &GuestMemory, count: u8, entry: u64) -> Result<Vec<VcpuFd>, MachineError> {

@@ -264,16 +264,3 @@ fn a_flush_delivers_the_backlog_to_a_receiver_that_reads_late() {
     guest.driver.device.flush();
     assert_eq!(reader.join().unwrap(), sent as usize);
 }
-
-#[test]
-fn a_port_can_be_a_unix_socket() {
-    let folder = tempfile::tempdir().unwrap();
-    let listener = std::os::unix::net::UnixListener::bind(folder.path().join("v_1024")).unwrap();
-    let device = Vsock::new(HostPorts::new(Some(folder.path().join("v")))).unwrap();
-    let mut guest = Guest { driver: Driver::new(Box::new(device)).start(), ports: HostPorts::default(), piece: 1 };
-    guest.send(&packet(REQUEST));
-    let (mut host, _) = listener.accept().unwrap();
-    assert_eq!(guest.receive().unwrap().op, RESPONSE);
-    host.write_all(b"x").unwrap();
-    assert_eq!(guest.receive().unwrap().data, b"x");
-}
