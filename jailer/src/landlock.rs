@@ -38,3 +38,10 @@ pub(crate) fn restrict(folder: Option<BorrowedFd<'_>>) -> Result<(), JailError> 
     };
     restrict().map_err(JailError::Landlock)
 }
+
+/// Whether this kernel has Landlock, and it is switched on.
+pub(crate) fn is_supported() -> bool {
+    // A ruleset that may not be less than it says: the least that there is.
+    let ruleset = Ruleset::default().set_compatibility(CompatLevel::HardRequirement);
+    ruleset.handle_access(AccessFs::from_all(ABI::V1)).and_then(|ruleset| ruleset.create()).is_ok()
+}

@@ -7,6 +7,7 @@
 //!   [`landlock`].
 //! - [`filters`]: the system calls of each kind of thread, from `resources/seccomp/monitor.json`; any other one kills the
 //!   process. None of them can execute a program or start a thread, and only the one that serves the API can open a file.
+//! - [`readback`]: the jail that is in force, as the kernel tells it to others.
 //! - [`sys`]: the system calls behind it that are not safe to make.
 //!
 //! `docs/decisions/0007-jail.md` says why it is in this order, and what it costs.
@@ -19,6 +20,7 @@ pub mod filters;
 pub mod identity;
 mod landlock;
 pub mod limits;
+pub mod readback;
 mod root;
 mod sys;
 

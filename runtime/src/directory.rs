@@ -6,10 +6,13 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use api::config::LaunchConfig;
+use jailer::cgroup;
 use rustix::fs::FlockOperation;
 
 use crate::lock;
 use crate::record;
+use crate::run::CONFIG;
 use crate::state::{StateError, failed};
 
 /// A container's state directory, locked. Dropping it removes it and the container's name, unless it is kept.
@@ -105,7 +108,7 @@ impl StateDirectory {
                 absent(fs::remove_file(name)).map_err(failed("remove the name", name))?;
             }
         }
-        absent(fs::remove_dir_all(&self.path)).map_err(failed("remove", &self.path))
+        remove(&self.path)
     }
 }
 
@@ -116,6 +119,15 @@ impl Drop for StateDirectory {
             _ = self.erase();
         }
     }
+}
+
+/// Removes a directory that is no container any more, and the cgroup that its monitors were in.
+pub(crate) fn remove(folder: &Path) -> Result<(), StateError> {
+    // Which that is stands in the document that they were started with: without one, none was.
+    if let Ok(config) = LaunchConfig::read(&folder.join(CONFIG)) {
+        cgroup::remove(&config.jail.cgroups)?;
+    }
+    absent(fs::remove_dir_all(folder)).map_err(failed("remove", folder))
 }
 
 /// What is not there need not be removed.

@@ -15,7 +15,7 @@ use api::control::EXIT_FAILED;
 use api::model::ContainerState;
 use api::record::End;
 use image::Image;
-use jailer::Place;
+use jailer::{JailError, Place, cgroup};
 use nix::sys::signal::Signal;
 use thiserror::Error;
 
@@ -63,6 +63,9 @@ pub enum RunError {
     /// The monitor's start.
     #[error(transparent)]
     Launch(#[from] LaunchError),
+    /// Its cgroup.
+    #[error(transparent)]
+    Jail(#[from] JailError),
     /// Being its front end.
     #[error(transparent)]
     Attach(#[from] AttachError),
@@ -253,17 +256,22 @@ impl Container {
             // It may have been made on another terminal.
             *window = terminal::window_size();
         }
-        let (jail, restart) = (JailConfig::default(), record.restart);
+        let plan = cgroup::Plan::new(&record.id)?;
+        let jail = JailConfig { cgroups: plan.folders(), ..JailConfig::default() };
+        let bounds = jail.bounds(&vm);
+        let restart = record.restart;
         let document = LaunchConfig { vm, container: Some(container), folder, restart, jail };
         let document = serde_json::to_vec(&document).map_err(RunError::Encode)?;
         let config = self.state.write(CONFIG, &document)?;
+        // It is written down by now, so that whoever removes the container removes it.
+        let group = plan.make(&bounds)?;
         let launch = Launch {
             monitor: &monitor,
             state: &self.state,
             config: &config,
             image: image.lease.as_fd(),
             mask: &self.signals.children,
-            place: record.restart.is_none().then_some(Place { network: None, cgroup: None }),
+            place: record.restart.is_none().then_some(Place { network: None, cgroup: Some(&group) }),
         };
         // Last, so that what could not be started is what it was.
         self.state.forget_end();

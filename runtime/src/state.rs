@@ -14,11 +14,12 @@ use std::path::{Path, PathBuf};
 
 use api::config::LaunchConfig;
 use api::lock::NAME as LOCK;
+use jailer::JailError;
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, fstat, open, openat, statat};
 use rustix::io::Errno;
 use thiserror::Error;
 
-use crate::directory::write;
+use crate::directory::{remove, write};
 use crate::lock::{self, Wait};
 use crate::record::Record;
 use crate::run::CONFIG;
@@ -46,6 +47,9 @@ pub enum StateError {
         /// Its path.
         path: PathBuf,
     },
+    /// The cgroup of its monitor.
+    #[error(transparent)]
+    Cgroup(#[from] JailError),
     /// A step failed.
     #[error("cannot {action} {}", path.display())]
     Io {
@@ -341,7 +345,7 @@ impl RunRoot {
                 && let Ok(_lock) = self.lock(&name, Wait::No, OFlags::CREATE)
                 && !self.is_kept(&name)
             {
-                _ = fs::remove_dir_all(self.path.join(name));
+                _ = remove(&self.path.join(name));
             }
         }
         let names = self.path.join(NAMES);

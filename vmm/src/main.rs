@@ -111,7 +111,7 @@ fn above(arguments: &Arguments) -> Result<u8> {
     });
     let lock = arguments.lock.map(take).transpose()?;
     let inherited = arguments.api.into_iter().chain(drives).map(take).collect::<Result<Vec<OwnedFd>>>()?;
-    let above = Above::new(std::env::args_os().skip(1).collect(), lock, inherited, config.jail)?;
+    let above = Above::new(std::env::args_os().skip(1).collect(), lock, inherited, &config)?;
     let (Some(policy), Some(folder)) = (config.restart, config.folder) else {
         return Ok(above.once()?.unwrap_or(EXIT_FAILED));
     };

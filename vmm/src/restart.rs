@@ -11,10 +11,11 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use api::config::{JailConfig, RestartPolicy};
+use api::config::{LaunchConfig, RestartPolicy};
 use api::folder::Folder;
 use api::lock::{self, Byte};
 use api::record::{self, End};
+use jailer::cgroup::{self, Group, Plan};
 use jailer::{Birth, Born, JailError, Place};
 use rustix::process::{PidfdFlags, WaitId, WaitIdOptions, getpid, pidfd_open, waitid};
 use thiserror::Error;
@@ -22,6 +23,8 @@ use thiserror::Error;
 /// Names the descriptor of the process that a monitor ends with.
 pub const PARENT: &str = "--parent-fd";
 
+/// What groups that are made here are named, with the id of this process.
+const GROUP: &str = "vm-";
 /// The wait before the first restart; each later one is twice as long as the one before.
 const FIRST_WAIT: Duration = Duration::from_millis(100);
 /// The longest wait.
@@ -57,7 +60,10 @@ pub struct Above {
     arguments: Vec<OsString>,
     lock: Option<OwnedFd>,
     inherited: Vec<OwnedFd>,
-    jail: JailConfig,
+    network: Option<PathBuf>,
+    group: Group,
+    /// The folders of a group that was made here.
+    made: Vec<PathBuf>,
 }
 
 impl Above {
@@ -70,10 +76,24 @@ impl Above {
         arguments: Vec<OsString>,
         lock: Option<OwnedFd>,
         inherited: Vec<OwnedFd>,
-        jail: JailConfig,
+        config: &LaunchConfig,
     ) -> Result<Self, RestartError> {
         let program = std::env::current_exe().map_err(system("find its own program"))?;
-        Ok(Self { program, arguments, lock, inherited, jail })
+        let jail = &config.jail;
+        let network = jail.network_namespace.clone();
+        let mut above =
+            Self { program, arguments, lock, inherited, network, group: Group::default(), made: Vec::new() };
+        if jail.cgroups.is_empty() {
+            let plan = Plan::new(&format!("{GROUP}{}", std::process::id()))?;
+            // What was killed before it could remove its own.
+            plan.sweep(GROUP);
+            // From here on it is removed when this value is dropped.
+            above.made = plan.folders();
+            above.group = plan.make(&jail.bounds(&config.vm))?;
+        } else {
+            above.group = Group::open(&jail.cgroups)?;
+        }
+        Ok(above)
     }
 
     fn start(&self, also: Option<(&str, &OwnedFd)>) -> Result<Born, RestartError> {
@@ -90,7 +110,7 @@ impl Above {
             streams: [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()],
             descriptors: &descriptors,
             mask: None,
-            jail: Some(Place { network: self.jail.network_namespace.as_deref(), cgroup: None }),
+            jail: Some(Place { network: self.network.as_deref(), cgroup: Some(&self.group) }),
         };
         Ok(birth.start()?)
     }
@@ -130,6 +150,13 @@ impl Above {
             // It is running again: how it ended before is not how it is. There may be none.
             let _ = folder.remove(record::NAME);
         }
+    }
+}
+
+impl Drop for Above {
+    fn drop(&mut self) {
+        // What cannot be removed is left to who made it necessary: there is nobody who could be told.
+        _ = cgroup::remove(&self.made);
     }
 }
 

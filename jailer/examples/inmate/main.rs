@@ -10,6 +10,7 @@ use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::process::ExitCode;
 
+use jailer::cgroup::{Bounds, Group, Plan};
 use jailer::{Birth, Jail, Limits, Place, Thread};
 use rustix::process::{WaitId, WaitIdOptions, waitid};
 
@@ -36,21 +37,30 @@ fn main() -> ExitCode {
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// Has an inmate born and waits for its end, as a front end does.
+/// Has an inmate born and waits for its end, as a front end does. `$INMATE_GROUP` names a cgroup for it, in which
+/// `$INMATE_THREADS` are allowed.
 fn start(words: &[String]) -> Result<ExitCode> {
     let program = std::env::current_exe()?;
     let arguments: Vec<&OsStr> = words.iter().map(OsStr::new).collect();
     let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
+    let (mut group, mut folders) = (Group::default(), Vec::new());
+    if let Ok(name) = std::env::var("INMATE_GROUP") {
+        let threads = std::env::var("INMATE_THREADS").ok().map(|threads| threads.parse()).transpose()?;
+        let plan = Plan::new(&name)?;
+        folders = plan.folders();
+        group = plan.make(&Bounds { threads, ..Bounds::new(VCPUS, MEMORY_MIB) })?;
+    }
     let birth = Birth {
         program: &program,
         arguments: &arguments,
         streams: [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()],
         descriptors: &[],
         mask: None,
-        jail: Some(Place { network: None, cgroup: None }),
+        jail: Some(Place { network: None, cgroup: Some(&group) }),
     };
     let born = birth.start()?;
     let status = waitid(WaitId::PidFd(born.process.as_fd()), WaitIdOptions::EXITED)?.ok_or("it has no status")?;
+    jailer::cgroup::remove(&folders)?;
     Ok(match (status.exit_status(), status.terminating_signal()) {
         (Some(code), _) => ExitCode::from(u8::try_from(code)?),
         (None, Some(signal)) => ExitCode::from(128 + u8::try_from(signal)?),
@@ -67,6 +77,7 @@ fn inmate(folder: &str, filter: &str, attempt: &str, more: &[&str]) -> Result<Ex
         tied: false,
     };
     let folder = jail.enter()?.ok_or("there is no folder")?;
+    let pair = io::pipe()?;
     match filter {
         "none" => {}
         "event_loop" => jailer::thread(Thread::EventLoop)?,
@@ -75,7 +86,7 @@ fn inmate(folder: &str, filter: &str, attempt: &str, more: &[&str]) -> Result<Ex
         _ => return Err("the filter is none, event_loop, vcpu or api".into()),
     }
     // What is told is told in one call that every filter allows.
-    let (code, told) = match attempts::attempt(&folder, attempt, more) {
+    let (code, told) = match attempts::attempt(&folder, pair, attempt, more) {
         Ok(told) => (0, told),
         Err(error) => (REFUSED.into(), error.to_string()),
     };

@@ -3,8 +3,10 @@
 //!
 //! The tests need root, since they become others. Whoever runs them as somebody else is told, not passed over.
 
+mod force;
 mod limits;
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::Read as _;
 use std::net::TcpListener;
@@ -14,6 +16,8 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+
+use rustix::process::Pid;
 
 /// What an inmate ends with that has tried and failed.
 const REFUSED: i32 = 10;
@@ -89,6 +93,22 @@ impl Host {
             assert_eq!(code, Some(expected), "{:?} {filter} {words:?}: {said}", self.caller);
         }
     }
+}
+
+/// Moves a command into a cgroup before it becomes another user, as a session's manager does.
+fn in_group(command: &mut Command, procs: &Path) {
+    // The standard library changes users before it would run anything of ours: a shell does both instead.
+    let (program, words) =
+        (command.get_program().to_owned(), command.get_args().map(OsStr::to_owned).collect::<Vec<_>>());
+    let script = format!(
+        "echo 0 > {}; exec setpriv --reuid {SOMEBODY} --regid {SOMEBODY} --clear-groups -- \"$@\"",
+        procs.display()
+    );
+    let environment: Vec<_> =
+        command.get_envs().filter_map(|(name, value)| Some((name.to_owned(), value?.to_owned()))).collect();
+    *command = Command::new("sh");
+    command.args(["-c", &script, "sh"]).arg(program).args(words).envs(environment);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
 }
 
 /// The program: beside the tests' own folder.
@@ -177,25 +197,50 @@ fn no_process_of_the_host_can_be_signalled_or_traced() {
     }
 }
 
+/// An inmate that waits to be looked at, and its starter.
+struct Waiting {
+    starter: Child,
+    pid: Pid,
+}
+
+impl Waiting {
+    fn new(mut command: Command) -> Self {
+        let mut starter = command.stderr(Stdio::null()).spawn().unwrap();
+        let mut said = String::new();
+        // It says so when it is in its jail.
+        let stdout = starter.stdout.as_mut().unwrap();
+        while !said.ends_with('\n') {
+            let mut byte = [0];
+            assert_eq!(stdout.read(&mut byte).unwrap(), 1, "it has ended");
+            said.push(byte[0].into());
+        }
+        let children = format!("/proc/{0}/task/{0}/children", starter.id());
+        let children = fs::read_to_string(children).unwrap();
+        let pid = children.split_whitespace().next().unwrap().parse().unwrap();
+        Self { starter, pid: Pid::from_raw(pid).unwrap() }
+    }
+
+    fn lives(&mut self) -> bool {
+        self.starter.try_wait().unwrap().is_none()
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        _ = rustix::process::kill_process(self.pid, rustix::process::Signal::KILL);
+        _ = self.starter.wait();
+    }
+}
+
 #[test]
 fn no_monitor_of_the_same_user_can_be_signalled_or_traced() {
     for caller in CALLERS {
         let (host, other) = (Host::new(caller), Host::new(caller));
-        let mut inmate = other.command("none", &["wait"]).stderr(Stdio::null()).spawn().unwrap();
-        let born = loop {
-            let children = format!("/proc/{0}/task/{0}/children", inmate.id());
-            let children = fs::read_to_string(children).unwrap();
-            if let Some(child) = children.split_whitespace().next() {
-                break child.to_owned();
-            }
-            std::thread::yield_now();
-        };
-        host.refuses(&["signal", &born], &[]);
-        host.refuses(&["trace", &born], &[]);
-        assert!(inmate.try_wait().unwrap().is_none(), "{caller:?}");
-        let born = rustix::process::Pid::from_raw(born.parse().unwrap()).unwrap();
-        rustix::process::kill_process(born, rustix::process::Signal::KILL).unwrap();
-        inmate.wait().unwrap();
+        let mut waiting = Waiting::new(other.command("none", &["wait"]));
+        let pid = waiting.pid.as_raw_nonzero().to_string();
+        host.refuses(&["signal", &pid], &[]);
+        host.refuses(&["trace", &pid], &[]);
+        assert!(waiting.lives(), "{caller:?}");
     }
 }
 
