@@ -133,6 +133,24 @@ impl Sandbox {
         self.folder.path().join("files")
     }
 
+    /// Gives the place to another user, who is named by his number, so that he can run containers in it.
+    ///
+    /// # Panics
+    /// This process is not root.
+    pub fn give(&self, user: u32) {
+        let folders = ["", "tmp", "home", "files"].map(|name| self.folder.path().join(name));
+        for folder in folders {
+            std::os::unix::fs::chown(&folder, Some(user), Some(user)).expect("only root can give folders away");
+        }
+    }
+
+    /// `cofferdam` with these arguments, as another user without any group.
+    #[must_use]
+    pub fn cofferdam_as(&self, user: u32, arguments: &[&str]) -> Invocation {
+        let script = format!("exec setpriv --reuid {user} --regid {user} --clear-groups -- \"$COFFERDAM\" \"$@\"");
+        self.program("sh", ["-c", &script, "sh"].iter().chain(arguments))
+    }
+
     /// The folder for state while containers run.
     #[must_use]
     pub fn run_folder(&self) -> PathBuf {

@@ -11,6 +11,7 @@ mod exec;
 mod exit_codes;
 mod hostile;
 mod images;
+mod jail;
 mod life;
 mod limits;
 mod programs;
