@@ -32,7 +32,7 @@ pub fn attempt(folder: &OwnedFd, pair: (PipeReader, PipeWriter), name: &str, mor
         ("socket", []) => UdpSocket::bind("127.0.0.1:0").map(|_| "it has a socket".to_owned()),
         ("mount", []) => mount(folder),
         ("privilege", []) => privilege(),
-        ("execute", []) => execute(),
+        ("execute", []) => execute(folder),
         ("memory", [mib]) => memory(number(mib)?),
         ("threads", [most]) => threads(number(most)?),
         ("files", [most]) => files(number(most)?),
@@ -192,11 +192,35 @@ fn privilege() -> io::Result<String> {
     ])
 }
 
-fn execute() -> io::Result<String> {
-    // What it can make itself, it cannot execute from its folder either.
+fn execute(folder: &OwnedFd) -> io::Result<String> {
+    let program = || -> io::Result<String> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC;
+        let mut file = File::from(openat(folder, "program", flags, Mode::RWXU)?);
+        // One that is refused for what it names, where it is not refused for where it is.
+        file.write_all(b"#!/program\n")?;
+        drop(file);
+        let arguments = [c"program".as_ptr(), std::ptr::null()];
+        // SAFETY: the path is a string, and the array ends in a null pointer.
+        let executed = unsafe {
+            libc::syscall(
+                libc::SYS_execveat,
+                folder.as_raw_fd(),
+                c"program".as_ptr(),
+                arguments.as_ptr(),
+                std::ptr::null::<*const libc::c_char>(),
+                0,
+            )
+        };
+        match call(executed) {
+            // It got as far as looking for what is named in the file.
+            Err(error) if error.raw_os_error() != Some(libc::EACCES) => Ok(format!("it could have executed: {error}")),
+            refused => refused.map(|_| String::new()),
+        }
+    };
     any([
         Command::new("/bin/true").status().map(|_| "it has executed a program".to_owned()),
         Command::new("/proc/self/exe").status().map(|_| "it has executed itself".to_owned()),
+        program(),
     ])
 }
 

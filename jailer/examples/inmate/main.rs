@@ -38,7 +38,7 @@ fn main() -> ExitCode {
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// Has an inmate born and waits for its end, as a front end does. `$INMATE_GROUP` names a cgroup for it, in which
-/// `$INMATE_THREADS` are allowed.
+/// `$INMATE_THREADS` are allowed, and `$INMATE_NETWORK` a network namespace.
 fn start(words: &[String]) -> Result<ExitCode> {
     let program = std::env::current_exe()?;
     let arguments: Vec<&OsStr> = words.iter().map(OsStr::new).collect();
@@ -50,13 +50,14 @@ fn start(words: &[String]) -> Result<ExitCode> {
         folders = plan.folders();
         group = plan.make(&Bounds { threads, ..Bounds::new(VCPUS, MEMORY_MIB) })?;
     }
+    let network = std::env::var_os("INMATE_NETWORK");
     let birth = Birth {
         program: &program,
         arguments: &arguments,
         streams: [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()],
         descriptors: &[],
         mask: None,
-        jail: Some(Place { network: None, cgroup: Some(&group) }),
+        jail: Some(Place { network: network.as_deref().map(Path::new), cgroup: Some(&group) }),
     };
     let born = birth.start()?;
     let status = waitid(WaitId::PidFd(born.process.as_fd()), WaitIdOptions::EXITED)?.ok_or("it has no status")?;
@@ -74,16 +75,16 @@ fn inmate(folder: &str, filter: &str, attempt: &str, more: &[&str]) -> Result<Ex
         folder: Some(Path::new(folder)),
         user: jailer::identity::user(folder),
         limits: Limits::new(VCPUS, MEMORY_MIB, 0),
-        tied: false,
+        tied: filter == "tied",
     };
     let folder = jail.enter()?.ok_or("there is no folder")?;
     let pair = io::pipe()?;
     match filter {
-        "none" => {}
+        "none" | "tied" => {}
         "event_loop" => jailer::thread(Thread::EventLoop)?,
         "vcpu" => jailer::thread(Thread::Vcpu)?,
         "api" => jailer::thread(Thread::Api)?,
-        _ => return Err("the filter is none, event_loop, vcpu or api".into()),
+        _ => return Err("the filter is none, tied, event_loop, vcpu or api".into()),
     }
     // What is told is told in one call that every filter allows.
     let (code, told) = match attempts::attempt(&folder, pair, attempt, more) {

@@ -1,6 +1,11 @@
 //! What is in force is what the kernel tells.
 
+use std::fs;
+use std::process::Command;
+
 use jailer::readback::{self, InForce};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::PidfdFlags;
 
 use super::{CALLERS, Caller, FILTERS, Host, SOMEBODY, Waiting};
 
@@ -67,4 +72,41 @@ fn the_limits_of_a_cgroup_are_told() {
     let memory: u64 = limit(["memory.max", "memory.limit_in_bytes"]).parse().unwrap();
     assert_eq!(memory, (64 + 1 + 128) << 20);
     assert!(limit(["cpu.max", "cpu.cfs_quota_us"]).starts_with("200000"));
+}
+
+#[test]
+fn a_network_namespace_can_be_named_by_who_owns_it() {
+    let mut other = Command::new("unshare").args(["--net", "sleep", "600"]).spawn().unwrap();
+    let path = format!("/proc/{}/ns/net", other.id());
+    let id = || fs::read_link(&path).unwrap();
+    let ours = fs::read_link("/proc/self/ns/net").unwrap();
+    while id() == ours {
+        std::thread::yield_now();
+    }
+    let theirs = id();
+    let host = Host::new(Caller::Root);
+    let mut command = host.command("none", &["wait"]);
+    command.env("INMATE_NETWORK", &path);
+    let told = readback::read(Waiting::new(command).pid).unwrap();
+    assert_eq!(theirs.to_str(), Some(&*format!("net:[{}]", told.namespaces["net"].id)));
+    // Who has no right to it is refused, and gets no other one instead.
+    let host = Host::new(Caller::Somebody);
+    let output = host.command("none", &["work"]).env("INMATE_NETWORK", &path).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(99) && said.contains("enter the network namespace"), "{said}");
+    other.kill().unwrap();
+    other.wait().unwrap();
+}
+
+#[test]
+fn one_that_is_tied_to_its_starter_ends_with_it() {
+    for caller in CALLERS {
+        let host = Host::new(caller);
+        let mut waiting = Waiting::new(host.command("tied", &["wait"]));
+        let process = rustix::process::pidfd_open(waiting.pid, PidfdFlags::empty()).unwrap();
+        waiting.starter.kill().unwrap();
+        let mut ended = [PollFd::new(&process, PollFlags::IN)];
+        let patience = Timespec { tv_sec: 60, tv_nsec: 0 };
+        assert_eq!(poll(&mut ended, Some(&patience)).unwrap(), 1, "{caller:?}: it lives on");
+    }
 }
