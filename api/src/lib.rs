@@ -5,7 +5,7 @@
 //! - [`model`]: the documents of the REST API.
 //! - [`server`]: the API itself: one per VM, in its monitor.
 //! - [`client`]: the same API from a front end's side.
-//! - [`log`], [`record`]: what a container leaves on disk: what it wrote, and how it ended.
+//! - [`folder`], [`log`], [`record`]: what a container leaves on disk, and where: what it wrote, and how it ended.
 //! - [`lock`]: whether it lives, and in which processes.
 //! - [`control`], [`session`]: exit codes, times, and errors that both sides know.
 //!
@@ -17,6 +17,7 @@
 pub mod client;
 pub mod config;
 pub mod control;
+pub mod folder;
 pub mod lock;
 pub mod log;
 pub mod model;

@@ -7,9 +7,8 @@
 //! - [`Byte::Monitor`] and [`Byte::Supervisor`], by these processes themselves (`F_SETLK`): of such a lock the kernel says
 //!   whose it is, even where nothing else can be seen of a process.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::mem;
 use std::os::fd::AsFd;
 use std::path::Path;
 
@@ -36,18 +35,12 @@ pub fn region(kind: i32, byte: Byte) -> libc::flock {
     libc::flock { l_type, l_whence, l_start: byte as i64, l_len: 1, l_pid: 0 }
 }
 
-/// Takes a byte for this process, for as long as it lives. A directory without the file has nobody who would ask.
+/// Takes a byte for this process, for as long as it lives and closes no descriptor of the file.
 ///
 /// # Errors
 /// Another process has it, or what the system says.
-pub fn take(folder: &Path, byte: Byte) -> io::Result<()> {
-    let file = match OpenOptions::new().read(true).write(true).open(folder.join(NAME)) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        file => file?,
-    };
-    fcntl(&file, FcntlArg::F_SETLK(&region(libc::F_WRLCK, byte)))?;
-    // To close any descriptor of the file would be to let go.
-    mem::forget(file);
+pub fn take(file: impl AsFd, byte: Byte) -> io::Result<()> {
+    fcntl(file, FcntlArg::F_SETLK(&region(libc::F_WRLCK, byte)))?;
     Ok(())
 }
 
@@ -74,14 +67,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_directory_without_the_file_needs_no_lock_and_ones_own_is_not_in_the_way() {
+    fn ones_own_lock_is_not_in_the_way() {
         let folder = tempfile::tempdir().unwrap();
-        take(folder.path(), Byte::Monitor).unwrap();
         assert!(open(folder.path()).unwrap().is_none());
-        File::create(folder.path().join(NAME)).unwrap();
-        take(folder.path(), Byte::Monitor).unwrap();
-        let file = open(folder.path()).unwrap().unwrap();
-        assert_eq!(owner(&file, Byte::Monitor), None);
-        mem::forget(file);
+        let file = File::create(folder.path().join(NAME)).unwrap();
+        take(&file, Byte::Monitor).unwrap();
+        assert_eq!(owner(open(folder.path()).unwrap().unwrap(), Byte::Monitor), None);
     }
 }

@@ -4,14 +4,13 @@
 //! it goes on in the next entry of its stream. The newest entries are in `log`; when that is full it becomes `log.1`, and
 //! what was there goes.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
-use std::path::{Path, PathBuf};
 
 use chrono::{DateTime, SecondsFormat, Utc};
-use rustix::fs::OFlags;
+use rustix::fs::fstat;
 
+use crate::folder::Folder;
 use crate::model::StreamKind;
 
 /// The newest entries.
@@ -26,7 +25,7 @@ const ENTRY_MAX: u64 = 80 << 10;
 /// A log that is written.
 #[derive(Debug)]
 pub struct LogWriter {
-    folder: PathBuf,
+    folder: Folder,
     file: File,
     size: u64,
     file_max: u64,
@@ -43,15 +42,15 @@ impl LogWriter {
     ///
     /// # Errors
     /// What the system says.
-    pub fn open(folder: &Path) -> io::Result<Self> {
+    pub fn open(folder: &Folder) -> io::Result<Self> {
         Self::with_limit(folder, FILE_MAX)
     }
 
-    fn with_limit(folder: &Path, file_max: u64) -> io::Result<Self> {
-        let file = open(folder)?;
+    fn with_limit(folder: &Folder, file_max: u64) -> io::Result<Self> {
+        let file = folder.append(CURRENT)?;
         let size = file.metadata()?.len();
         // Whether what was there before ends as it should does not matter: an empty line is none of ours.
-        let (folder, torn) = (folder.to_owned(), size > 0);
+        let (folder, torn) = (folder.clone(), size > 0);
         Ok(Self { folder, file, size, file_max, entries: Vec::new(), torn, lost: 0 })
     }
 
@@ -97,29 +96,15 @@ impl LogWriter {
     }
 
     fn rotate(&mut self) -> io::Result<()> {
-        match fs::rename(self.folder.join(CURRENT), self.folder.join(PREVIOUS)) {
+        match self.folder.rename(CURRENT, PREVIOUS) {
             // An earlier rotation got as far as this.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             renamed => renamed?,
         }
-        self.file = open(&self.folder)?;
+        self.file = self.folder.append(CURRENT)?;
         self.size = 0;
         Ok(())
     }
-}
-
-/// Opens the newest file, which whoever owns the folder may have made anything: nothing that leads elsewhere or waits.
-fn open(folder: &Path) -> io::Result<File> {
-    let path = folder.join(CURRENT);
-    regular(OpenOptions::new().append(true).create(true).mode(0o600).custom_flags(careful()).open(path)?)
-}
-
-fn careful() -> i32 {
-    (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed()
-}
-
-fn regular(file: File) -> io::Result<File> {
-    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("the log is no regular file")) }
 }
 
 fn name(stream: StreamKind) -> &'static str {
@@ -189,7 +174,7 @@ pub struct Selection {
 /// A log that is read from its oldest entry, and on as it grows.
 #[derive(Debug)]
 pub struct LogReader {
-    folder: PathBuf,
+    folder: Folder,
     selection: Selection,
     /// The file that is read now.
     file: Option<BufReader<File>>,
@@ -210,7 +195,7 @@ impl LogReader {
     ///
     /// # Errors
     /// What the system says.
-    pub fn open(folder: &Path, selection: Selection) -> io::Result<Self> {
+    pub fn open(folder: &Folder, selection: Selection) -> io::Result<Self> {
         let mut reader = Self::at_start(folder, selection);
         if let Some(tail) = selection.tail {
             // The files are small enough to be counted first.
@@ -225,8 +210,8 @@ impl LogReader {
         Ok(reader)
     }
 
-    fn at_start(folder: &Path, selection: Selection) -> Self {
-        let (folder, file, in_current) = (folder.to_owned(), None, false);
+    fn at_start(folder: &Folder, selection: Selection) -> Self {
+        let (folder, file, in_current) = (folder.clone(), None, false);
         Self { folder, selection, file, in_current, skip: 0, counted: 0, lines: [None; 2], partial: Vec::new() }
     }
 
@@ -295,7 +280,7 @@ impl LogReader {
             self.partial.clear();
             // It is held open until the next one was chosen, so that no other file can look like it.
             if let Some(read) = self.file.take()
-                && !self.open_after(Some(identity(&read.get_ref().metadata()?)))?
+                && !self.open_after(Some(identity(read.get_ref())?))?
             {
                 self.file = Some(read);
                 return Ok(None);
@@ -306,10 +291,9 @@ impl LogReader {
     /// Opens the file that follows the one that was read: what was rotated since then, or else the newest one.
     fn open_after(&mut self, read: Option<(u64, u64)>) -> io::Result<bool> {
         for (name, current) in [(PREVIOUS, false), (CURRENT, true)] {
-            match OpenOptions::new().read(true).custom_flags(careful()).open(self.folder.join(name)) {
+            match self.folder.read(name) {
                 Ok(file) => {
-                    let file = regular(file)?;
-                    if Some(identity(&file.metadata()?)) != read {
+                    if Some(identity(&file)?) != read {
                         (self.file, self.in_current) = (Some(BufReader::new(file)), current);
                         return Ok(true);
                     }
@@ -324,9 +308,9 @@ impl LogReader {
     /// Whether the file that is read is not the newest one any more.
     fn was_rotated(&self) -> io::Result<bool> {
         let Some(file) = &self.file else { return Ok(false) };
-        let ours = file.get_ref().metadata()?;
-        match fs::symlink_metadata(self.folder.join(CURRENT)) {
-            Ok(current) => Ok(identity(&current) != identity(&ours)),
+        let ours = identity(file.get_ref())?;
+        match self.folder.look(CURRENT) {
+            Ok(current) => Ok((current.st_dev, current.st_ino) != ours),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(error) => Err(error),
         }
@@ -334,44 +318,53 @@ impl LogReader {
 }
 
 /// What tells a file from all others that are there at the same time: its device and its inode.
-fn identity(metadata: &fs::Metadata) -> (u64, u64) {
-    (metadata.dev(), metadata.ino())
+fn identity(file: &File) -> io::Result<(u64, u64)> {
+    let stat = fstat(file)?;
+    Ok((stat.st_dev, stat.st_ino))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
-    fn read(folder: &Path, selection: Selection) -> Vec<u8> {
+    fn place() -> (tempfile::TempDir, Folder) {
+        let place = tempfile::tempdir().unwrap();
+        let folder = Folder::open(place.path()).unwrap();
+        (place, folder)
+    }
+
+    fn read(folder: &Folder, selection: Selection) -> Vec<u8> {
         let mut reader = LogReader::open(folder, selection).unwrap();
         std::iter::from_fn(|| reader.next().unwrap()).flat_map(|entry| entry.text).collect()
     }
 
     #[test]
     fn what_was_written_is_read_whole() {
-        let folder = tempfile::tempdir().unwrap();
-        let mut log = LogWriter::open(folder.path()).unwrap();
+        let (_place, folder) = place();
+        let mut log = LogWriter::open(&folder).unwrap();
         log.write(StreamKind::Stdout, b"one\ntwo\npart").unwrap();
         log.write(StreamKind::Stderr, b"\xff\n").unwrap();
         log.write(StreamKind::Stdout, b" of three\n\n").unwrap();
-        assert_eq!(read(folder.path(), Selection::default()), b"one\ntwo\npart\xff\n of three\n\n");
+        assert_eq!(read(&folder, Selection::default()), b"one\ntwo\npart\xff\n of three\n\n");
         let tail = Selection { tail: Some(2), ..Selection::default() };
-        assert_eq!(read(folder.path(), tail), b"\xff\n\n");
+        assert_eq!(read(&folder, tail), b"\xff\n\n");
         let tail = Selection { tail: Some(3), ..Selection::default() };
-        assert_eq!(read(folder.path(), tail), b"part\xff\n of three\n\n");
+        assert_eq!(read(&folder, tail), b"part\xff\n of three\n\n");
         let future = Selection { since_ns: u64::MAX, ..Selection::default() };
-        assert_eq!(read(folder.path(), future), b"");
+        assert_eq!(read(&folder, future), b"");
     }
 
     #[test]
     fn lines_that_were_written_in_pieces_are_counted_and_timed_once() {
-        let folder = tempfile::tempdir().unwrap();
-        let mut log = LogWriter::open(folder.path()).unwrap();
+        let (_place, folder) = place();
+        let mut log = LogWriter::open(&folder).unwrap();
         for piece in ["one\n", "x", "y", "z\n", "$ "] {
             log.write(StreamKind::Stdout, piece.as_bytes()).unwrap();
         }
         let shown = |tail| {
-            let mut reader = LogReader::open(folder.path(), Selection { tail, ..Selection::default() }).unwrap();
+            let mut reader = LogReader::open(&folder, Selection { tail, ..Selection::default() }).unwrap();
             let shown = std::iter::from_fn(|| reader.next().unwrap()).flat_map(|entry| entry.shown(true));
             String::from_utf8(shown.collect()).unwrap()
         };
@@ -385,11 +378,11 @@ mod tests {
 
     #[test]
     fn who_wants_no_line_that_was_there_gets_what_comes() {
-        let folder = tempfile::tempdir().unwrap();
-        let mut log = LogWriter::open(folder.path()).unwrap();
+        let (_place, folder) = place();
+        let mut log = LogWriter::open(&folder).unwrap();
         log.write(StreamKind::Stdout, b"$ ").unwrap();
         let none = Selection { tail: Some(0), ..Selection::default() };
-        let mut reader = LogReader::open(folder.path(), none).unwrap();
+        let mut reader = LogReader::open(&folder, none).unwrap();
         assert!(reader.next().unwrap().is_none());
         log.write(StreamKind::Stdout, b"typed").unwrap();
         let entry = reader.next().unwrap().unwrap();
@@ -400,25 +393,25 @@ mod tests {
 
     #[test]
     fn what_a_crash_left_harms_no_later_entry() {
-        let folder = tempfile::tempdir().unwrap();
+        let (_place, folder) = place();
         fs::write(folder.path().join(CURRENT), b"2026-01-01T00:00:00Z stdout F torn").unwrap();
-        let mut log = LogWriter::open(folder.path()).unwrap();
+        let mut log = LogWriter::open(&folder).unwrap();
         log.write(StreamKind::Stdout, b"later\n").unwrap();
-        assert_eq!(read(folder.path(), Selection::default()), b"torn\nlater\n");
+        assert_eq!(read(&folder, Selection::default()), b"torn\nlater\n");
         // A rotation that got half way.
         fs::rename(folder.path().join(CURRENT), folder.path().join(PREVIOUS)).unwrap();
         log.rotate().unwrap();
         log.lost = 7;
         log.write(StreamKind::Stdout, b"last\n").unwrap();
-        let text = read(folder.path(), Selection::default());
+        let text = read(&folder, Selection::default());
         assert_eq!(text, b"torn\nlater\n[7 bytes of output could not be logged]\nlast\n");
     }
 
     #[test]
     fn who_follows_misses_nothing_that_is_still_there() {
-        let folder = tempfile::tempdir().unwrap();
-        let mut log = LogWriter::open(folder.path()).unwrap();
-        let mut reader = LogReader::open(folder.path(), Selection::default()).unwrap();
+        let (_place, folder) = place();
+        let mut log = LogWriter::open(&folder).unwrap();
+        let mut reader = LogReader::open(&folder, Selection::default()).unwrap();
         let text = |reader: &mut LogReader| -> Vec<u8> {
             std::iter::from_fn(|| reader.next().unwrap()).flat_map(|entry| entry.text).collect()
         };
@@ -434,28 +427,28 @@ mod tests {
 
     #[test]
     fn what_is_no_file_is_no_log() {
-        let folder = tempfile::tempdir().unwrap();
+        let (_place, folder) = place();
         std::os::unix::fs::symlink("/dev/null", folder.path().join(CURRENT)).unwrap();
-        assert!(LogWriter::open(folder.path()).is_err());
+        assert!(LogWriter::open(&folder).is_err());
     }
 
     #[test]
     fn a_log_that_is_not_there_is_empty() {
-        let folder = tempfile::tempdir().unwrap();
-        assert_eq!(read(folder.path(), Selection::default()), b"");
+        let (_place, folder) = place();
+        assert_eq!(read(&folder, Selection::default()), b"");
     }
 
     #[test]
     fn files_are_bounded_and_the_last_lines_stay() {
-        let folder = tempfile::tempdir().unwrap();
-        let mut log = LogWriter::with_limit(folder.path(), 4096).unwrap();
+        let (_place, folder) = place();
+        let mut log = LogWriter::with_limit(&folder, 4096).unwrap();
         for number in 0..1000 {
             log.write(StreamKind::Stdout, format!("line {number}\n").as_bytes()).unwrap();
         }
         for name in [CURRENT, PREVIOUS] {
             assert!(fs::metadata(folder.path().join(name)).unwrap().len() <= 4096, "{name}");
         }
-        let text = String::from_utf8(read(folder.path(), Selection::default())).unwrap();
+        let text = String::from_utf8(read(&folder, Selection::default())).unwrap();
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.last(), Some(&"line 999"));
         let first: usize = lines[0].strip_prefix("line ").unwrap().parse().unwrap();
@@ -464,9 +457,9 @@ mod tests {
 
     #[test]
     fn a_reader_follows_through_a_rotation() {
-        let folder = tempfile::tempdir().unwrap();
-        let mut log = LogWriter::with_limit(folder.path(), 200).unwrap();
-        let mut reader = LogReader::open(folder.path(), Selection::default()).unwrap();
+        let (_place, folder) = place();
+        let mut log = LogWriter::with_limit(&folder, 200).unwrap();
+        let mut reader = LogReader::open(&folder, Selection::default()).unwrap();
         for number in 0..50 {
             log.write(StreamKind::Stdout, format!("{number}\n").as_bytes()).unwrap();
             let entry = reader.next().unwrap().unwrap();
@@ -477,8 +470,8 @@ mod tests {
 
     #[test]
     fn lines_that_are_none_of_ours_are_passed_over() {
-        let folder = tempfile::tempdir().unwrap();
+        let (_place, folder) = place();
         fs::write(folder.path().join(CURRENT), b"garbage\n2026-01-01T00:00:00Z stdout F fine\n2026 x").unwrap();
-        assert_eq!(read(folder.path(), Selection::default()), b"fine\n");
+        assert_eq!(read(&folder, Selection::default()), b"fine\n");
     }
 }

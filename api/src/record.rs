@@ -1,15 +1,17 @@
-//! The record of a container's end, `exit.json` in its state directory: written once, whole or not at all.
+//! The record of a container's end, `exit.json` in its monitor's folder: written once, whole or not at all.
 
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, Read, Write as _};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::folder::Folder;
 use crate::model::{ContainerState, VmBoot};
 
 /// The record's name.
 pub const NAME: &str = "exit.json";
+/// Its name while it is written.
+const STAGED: &str = ".exit.json";
 /// The longest record that is read.
 const LENGTH_MAX: u64 = 64 << 10;
 
@@ -31,18 +33,17 @@ pub struct End {
 ///
 /// # Errors
 /// What the system says.
-pub fn write(folder: &Path, end: &End) -> io::Result<()> {
-    let staged = folder.join(".exit.json");
-    fs::write(&staged, serde_json::to_vec(end)?)?;
-    fs::rename(staged, folder.join(NAME))
+pub fn write(folder: &Folder, end: &End) -> io::Result<()> {
+    folder.create(STAGED)?.write_all(&serde_json::to_vec(end)?)?;
+    folder.rename(STAGED, NAME)
 }
 
-/// Reads the record; `None` when there is none.
+/// Reads the record in the folder of this path; `None` when there is none.
 ///
 /// # Errors
 /// What the system says, or that it is no record.
 pub fn read(folder: &Path) -> io::Result<Option<End>> {
-    let file = match File::open(folder.join(NAME)) {
+    let file = match Folder::open(folder).and_then(|folder| folder.read(NAME)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         file => file?,
     };
@@ -53,6 +54,8 @@ pub fn read(folder: &Path) -> io::Result<Option<End>> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
@@ -62,7 +65,7 @@ mod tests {
         let state = ContainerState { exit_code: Some(7), ..ContainerState::default() };
         let boot = VmBoot { agent_ready_ns: 9, ..VmBoot::default() };
         let end = End { state, boot, stopped: true };
-        write(folder.path(), &end).unwrap();
+        write(&Folder::open(folder.path()).unwrap(), &end).unwrap();
         assert_eq!(read(folder.path()).unwrap(), Some(end));
         fs::write(folder.path().join(NAME), b"{").unwrap();
         assert!(read(folder.path()).is_err());

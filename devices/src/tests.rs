@@ -39,6 +39,8 @@ fn limiter() -> Option<Limiter> {
 
 /// Set for a test that is to do its work as the event loop does it.
 const CONFINED: &str = "DEVICES_CONFINED";
+/// The exit code of its process, which has to end there: the event loop's thread never ends by itself, and may not.
+const CONFINED_CODE: i32 = 42;
 
 /// Starts a device, has `drive` make it count, and breaks and resets it; gives the figures that are still zero.
 fn idle_figures(device: Box<dyn VirtioDevice>, queue: u16, drive: impl FnOnce(&mut Driver)) -> BTreeSet<&'static str> {
@@ -47,7 +49,6 @@ fn idle_figures(device: Box<dyn VirtioDevice>, queue: u16, drive: impl FnOnce(&m
 
 fn idle_figures_of(mut driver: Driver, queue: u16, drive: impl FnOnce(&mut Driver)) -> BTreeSet<&'static str> {
     if std::env::var_os(CONFINED).is_some() {
-        jailer::process().unwrap();
         jailer::thread(jailer::Thread::EventLoop).unwrap();
     }
     drive(&mut driver);
@@ -59,6 +60,9 @@ fn idle_figures_of(mut driver: Driver, queue: u16, drive: impl FnOnce(&mut Drive
         }
     }
     driver.write(0x70, 0);
+    if std::env::var_os(CONFINED).is_some() {
+        std::process::exit(CONFINED_CODE);
+    }
     let metrics = driver.device.metrics();
     let names: BTreeSet<_> = metrics.iter().map(|(name, _)| *name).collect();
     assert_eq!(names.len(), metrics.len(), "two figures have one name: {metrics:?}");
@@ -80,7 +84,7 @@ fn devices_do_nothing_that_is_not_allowed_to_the_event_loop() {
         let test = format!("tests::every_figure_of_{device}_counts");
         let output = Command::new(&program).args(["--exact", &test]).env(CONFINED, "1").output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout);
-        assert!(output.status.success() && text.contains("1 passed"), "{device}: {} {text}", output.status);
+        assert_eq!(output.status.code(), Some(CONFINED_CODE), "{device}: {} {text}", output.status);
     }
 }
 

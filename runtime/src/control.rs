@@ -187,7 +187,7 @@ impl<'a> Control<'a> {
 
     /// How it ended, if its monitor has said so.
     fn ended(&self) -> Option<End> {
-        api::record::read(&self.found.folder).ok().flatten()
+        api::record::read(&self.found.monitor_folder()).ok().flatten()
     }
 
     /// Whether one that ended like this and has a lock is about to be started again.

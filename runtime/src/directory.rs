@@ -6,10 +6,13 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use api::config::LaunchConfig;
+use jailer::cgroup;
 use rustix::fs::FlockOperation;
 
 use crate::lock;
 use crate::record;
+use crate::run::CONFIG;
 use crate::state::{StateError, failed};
 
 /// A container's state directory, locked. Dropping it removes it and the container's name, unless it is kept.
@@ -64,6 +67,16 @@ impl StateDirectory {
         _ = fs::remove_file(self.path.join(name));
     }
 
+    /// The folder of what its monitor writes.
+    pub fn monitor_folder(&self) -> PathBuf {
+        self.path.join(api::folder::NAME)
+    }
+
+    /// Removes the record of the container's last end, which need not be there.
+    pub fn forget_end(&self) {
+        _ = fs::remove_file(self.monitor_folder().join(api::record::NAME));
+    }
+
     /// Says whether it stays, until it is removed.
     pub fn keep(&mut self, kept: bool) {
         self.kept = kept;
@@ -95,7 +108,7 @@ impl StateDirectory {
                 absent(fs::remove_file(name)).map_err(failed("remove the name", name))?;
             }
         }
-        absent(fs::remove_dir_all(&self.path)).map_err(failed("remove", &self.path))
+        remove(&self.path)
     }
 }
 
@@ -106,6 +119,15 @@ impl Drop for StateDirectory {
             _ = self.erase();
         }
     }
+}
+
+/// Removes a directory that is no container any more, and the cgroup that its monitors were in.
+pub(crate) fn remove(folder: &Path) -> Result<(), StateError> {
+    // Which that is stands in the document that they were started with: without one, none was.
+    if let Ok(config) = LaunchConfig::read(&folder.join(CONFIG)) {
+        cgroup::remove(&config.jail.cgroups)?;
+    }
+    absent(fs::remove_dir_all(folder)).map_err(failed("remove", folder))
 }
 
 /// What is not there need not be removed.

@@ -10,10 +10,13 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use api::lock::{Byte, owner};
+use jailer::readback;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::lock::wait_free;
+
+pub use jailer::readback::InForce;
 
 /// How long everything may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -53,6 +56,15 @@ impl Holder {
         let patience = Timespec::try_from(patience).ok();
         matches!(poll(&mut ended, patience.as_ref()), Ok(1))
     }
+}
+
+/// Reads the jail of a container's monitor back from the kernel; `None` when there is no monitor, or it ends meanwhile.
+pub fn jail(folder: &Path) -> Option<InForce> {
+    let lock = api::lock::open(folder).ok()??;
+    let holder = Holder::find(&lock, Byte::Monitor)?;
+    let told = readback::read(holder.pid).ok()?;
+    // What was read is of no other process: this one holds its byte to its end.
+    (owner(&lock, Byte::Monitor) == Some(told.pid)).then_some(told)
 }
 
 /// Kills whatever keeps a container alive, until nothing does.
@@ -108,22 +120,22 @@ mod tests {
         let (Some(folder), Ok(role)) = (std::env::var_os(FOLDER), std::env::var(ROLE)) else { return };
         let folder = Path::new(&folder);
         if role == "supervisor" {
-            api::lock::take(folder, Byte::Supervisor).unwrap();
             // Inherited by what it starts, as a monitor inherits it.
             let lock = File::options().read(true).write(true).open(folder.join(api::lock::NAME)).unwrap();
+            api::lock::take(&lock, Byte::Supervisor).unwrap();
             hold(&lock, Wait::Yes).unwrap();
             rustix::io::fcntl_setfd(&lock, rustix::io::FdFlags::empty()).unwrap();
             loop {
                 copy(folder, "monitor").status().unwrap();
             }
         }
-        api::lock::take(folder, Byte::Monitor).unwrap();
+        let lock = File::options().read(true).write(true).open(folder.join(api::lock::NAME)).unwrap();
+        api::lock::take(&lock, Byte::Monitor).unwrap();
         if role == "alone" {
-            let lock = File::options().read(true).write(true).open(folder.join(api::lock::NAME)).unwrap();
             hold(&lock, Wait::Yes).unwrap();
-            std::mem::forget(lock);
         }
         thread::sleep(Duration::from_secs(60));
+        drop(lock);
         std::process::exit(0);
     }
 
@@ -146,6 +158,17 @@ mod tests {
         assert_eq!(end(folder.path()).unwrap(), Outcome::Ended);
         assert_eq!(std::os::unix::process::ExitStatusExt::signal(&child.wait().unwrap()), Some(9));
         assert!(!is_held(&lock) && owner(&lock, Byte::Monitor).is_none());
+    }
+
+    #[test]
+    fn the_jail_of_a_monitor_is_told_while_it_lives() {
+        let (folder, mut child) = begin("alone", Byte::Monitor);
+        let told = jail(folder.path()).unwrap();
+        assert_eq!(told.pid, i32::try_from(child.id()).unwrap());
+        assert!(told.namespaces.values().all(|namespace| !namespace.own), "this one is in none");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(jail(folder.path()), None);
     }
 
     #[test]

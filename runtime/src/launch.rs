@@ -1,22 +1,18 @@
-//! Starting a monitor: one `posix_spawn`, which neither copies page tables nor runs anything of ours in the child.
+//! Starting a monitor: one `clone3`, which neither copies page tables nor needs a helper ([`jailer::birth`]).
 
-use std::env;
-use std::ffi::{CStr, CString, NulError, OsString};
-use std::fs::File;
+use std::ffi::OsStr;
+use std::fs::{DirBuilder, File};
 use std::io::{self, Read as _};
-use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use api::client::SOCKET;
-use nix::errno::Errno;
-use nix::fcntl::OFlag;
-use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawn};
+use jailer::{Birth, Born, JailError, Place};
 use nix::sys::signal::SigSet;
-use nix::sys::stat::Mode;
-use rustix::fs::{Mode as FileMode, OFlags, open};
-use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
+use rustix::fs::{Mode, OFlags, open};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 use thiserror::Error;
 
 use crate::state::StateDirectory;
@@ -29,23 +25,23 @@ const ERRORS_MAX: u64 = 256 << 10;
 /// Why a monitor was not started.
 #[derive(Debug, Error)]
 pub enum LaunchError {
-    /// A path has a NUL byte.
-    #[error("the path {} has a NUL byte", path.display())]
-    Nul {
-        /// The path.
-        path: PathBuf,
-        /// Where.
-        #[source]
-        source: NulError,
-    },
-    /// No socket or process could be made.
+    /// What it is to have could not be made.
     #[error("cannot start the monitor {}", path.display())]
-    Spawn {
+    Prepare {
         /// The monitor.
         path: PathBuf,
         /// What the system says.
         #[source]
         source: io::Error,
+    },
+    /// It was not born.
+    #[error("cannot start the monitor {}", path.display())]
+    Birth {
+        /// The monitor.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: JailError,
     },
 }
 
@@ -62,6 +58,8 @@ pub struct Launch<'a> {
     pub image: BorrowedFd<'a>,
     /// The signal mask that it gets.
     pub mask: &'a SigSet,
+    /// Where it is born; without, it is a process above the monitor, which has that born.
+    pub place: Option<Place<'a>>,
 }
 
 /// How a monitor ended.
@@ -92,57 +90,53 @@ impl Launch<'_> {
     /// # Errors
     /// [`LaunchError::Spawn`] names the monitor.
     pub fn spawn(&self) -> Result<Monitor, LaunchError> {
-        let failed = |source| LaunchError::Spawn { path: self.monitor.to_owned(), source };
+        let path = || self.monitor.to_owned();
+        let failed = |source| LaunchError::Prepare { path: path(), source };
         let listener = self.listen().map_err(failed)?;
-        let arguments = [
-            c_string(self.monitor)?,
-            c"--config".to_owned(),
-            c_string(self.config)?,
-            c"--api-fd".to_owned(),
-            c_string(Path::new(&listener.as_raw_fd().to_string()))?,
-        ];
-        let errors = c_string(&self.state.path().join(ERRORS))?;
-        let spawn = || {
-            let actions = self.actions(&listener, &errors)?;
-            let mut attributes = PosixSpawnAttr::init()?;
-            let flags = PosixSpawnFlags::POSIX_SPAWN_SETSIGMASK.bits() | i32::from(libc::POSIX_SPAWN_SETSID);
-            attributes.set_flags(PosixSpawnFlags::from_bits_retain(flags))?;
-            attributes.set_sigmask(self.mask)?;
-            posix_spawn(self.monitor, &actions, &attributes, &arguments, &environment())
-        };
-        let pid = spawn().map_err(|errno: Errno| failed(errno.into()))?;
-        let pid = Pid::from_raw(pid.as_raw()).ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
-        // The process is our child and has not been waited for: its id cannot be another one's yet.
-        match pidfd_open(pid, PidfdFlags::empty()) {
-            Ok(process) => Ok(Monitor { process, pid, owned: true, ended: None }),
-            Err(errno) => {
-                _ = rustix::process::kill_process(pid, Signal::KILL);
-                _ = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED);
-                Err(failed(errno.into()))
-            }
+        let null = File::options().read(true).write(true).open("/dev/null").map_err(failed)?;
+        let errors = self.errors().map_err(failed)?;
+        // What was left by the last one is in it.
+        match DirBuilder::new().mode(0o700).create(self.state.path().join(api::folder::NAME)) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
+            _ => {}
         }
+        let api = listener.as_raw_fd().to_string();
+        let mut arguments = vec!["--config".as_ref(), self.config.as_os_str(), "--api-fd".as_ref(), OsStr::new(&api)];
+        let mut descriptors = vec![listener.as_fd(), self.image];
+        let lock = self.state.lock();
+        let number = lock.map(|lock| lock.as_raw_fd().to_string());
+        if let (Some(lock), Some(number)) = (lock, &number) {
+            descriptors.push(lock);
+            arguments.extend([OsStr::new("--lock-fd"), OsStr::new(number)]);
+        }
+        let birth = Birth {
+            program: self.monitor,
+            arguments: &arguments,
+            streams: [null.as_fd(), null.as_fd(), errors.as_fd()],
+            descriptors: &descriptors,
+            mask: Some(self.mask.as_ref()),
+            jail: self.place,
+        };
+        let Born { pid, process } = birth.start().map_err(|source| LaunchError::Birth { path: path(), source })?;
+        Ok(Monitor { process, pid, owned: true, ended: None })
+    }
+
+    /// Opens what takes its standard error.
+    fn errors(&self) -> io::Result<File> {
+        let path = self.state.path().join(ERRORS);
+        // Truncated, and added to by whoever has it: a restart policy's monitors write one after the other.
+        File::options().create(true).append(true).mode(0o600).open(&path).and_then(|file| {
+            file.set_len(0)?;
+            Ok(file)
+        })
     }
 
     /// Binds the API's socket, through the directory's descriptor: an address has room for 107 bytes, a path may be longer.
     fn listen(&self) -> io::Result<UnixListener> {
         self.state.forget(SOCKET);
-        let folder = open(self.state.path(), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, FileMode::empty())?;
+        let folder = open(self.state.path(), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
         // The directory is its owner's alone.
         UnixListener::bind(format!("/proc/self/fd/{}/{SOCKET}", folder.as_raw_fd()))
-    }
-
-    fn actions(&self, listener: &UnixListener, errors: &CStr) -> Result<PosixSpawnFileActions, Errno> {
-        let mut actions = PosixSpawnFileActions::init()?;
-        actions.add_open(0, c"/dev/null", OFlag::O_RDWR, Mode::empty())?;
-        actions.add_dup2(0, 1)?;
-        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC | OFlag::O_APPEND;
-        actions.add_open(2, errors, flags, Mode::from_bits_retain(0o600))?;
-        // A descriptor duplicated onto itself loses its close-on-exec flag in the child alone.
-        let lock = self.state.lock().map(|lock| lock.as_raw_fd());
-        for descriptor in [listener.as_raw_fd(), self.image.as_raw_fd()].into_iter().chain(lock) {
-            actions.add_dup2(descriptor, descriptor)?;
-        }
-        Ok(actions)
     }
 }
 
@@ -202,19 +196,4 @@ impl Drop for Monitor {
             _ = self.reap();
         }
     }
-}
-
-/// The monitor needs nothing of the caller's environment, which may hold secrets, but what is meant for it.
-fn environment() -> Vec<CString> {
-    let ours = |name: &OsString| name.as_bytes().starts_with(b"COFFERDAM_") || name == "RUST_BACKTRACE";
-    let entry = |(mut name, value): (OsString, OsString)| {
-        name.push("=");
-        name.push(value);
-        CString::new(name.into_vec()).ok()
-    };
-    env::vars_os().filter(|(name, _)| ours(name)).filter_map(entry).collect()
-}
-
-fn c_string(path: &Path) -> Result<CString, LaunchError> {
-    CString::new(path.as_os_str().as_bytes()).map_err(|source| LaunchError::Nul { path: path.to_owned(), source })
 }

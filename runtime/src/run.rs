@@ -10,11 +10,12 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::time::Duration;
 
 use api::client::{Client, ClientError};
-use api::config::{ContainerConfig, LaunchConfig};
+use api::config::{ContainerConfig, JailConfig, LaunchConfig};
 use api::control::EXIT_FAILED;
 use api::model::ContainerState;
 use api::record::End;
 use image::Image;
+use jailer::{JailError, Place, cgroup};
 use nix::sys::signal::Signal;
 use thiserror::Error;
 
@@ -62,6 +63,9 @@ pub enum RunError {
     /// The monitor's start.
     #[error(transparent)]
     Launch(#[from] LaunchError),
+    /// Its cgroup.
+    #[error(transparent)]
+    Jail(#[from] JailError),
     /// Being its front end.
     #[error(transparent)]
     Attach(#[from] AttachError),
@@ -246,24 +250,31 @@ impl Container {
         let sizes = (record.vcpus, record.memory_mib);
         let vm = spec::vm(sizes, kernel, paths::initramfs()?, image.lease.as_raw_fd());
         let monitor = paths::monitor()?;
-        let folder = Some(self.state.path().to_owned());
+        let folder = Some(self.state.path().join(api::folder::NAME));
         let mut container = ContainerConfig { wait_for_attach: attached, ..record.container.clone() };
         if attached && let Some(window) = &mut container.spec.process.terminal {
             // It may have been made on another terminal.
             *window = terminal::window_size();
         }
-        let document = LaunchConfig { vm, container: Some(container), folder, restart: record.restart };
+        let plan = cgroup::Plan::new(&record.id)?;
+        let jail = JailConfig { cgroups: plan.folders(), ..JailConfig::default() };
+        let bounds = jail.bounds(&vm);
+        let restart = record.restart;
+        let document = LaunchConfig { vm, container: Some(container), folder, restart, jail };
         let document = serde_json::to_vec(&document).map_err(RunError::Encode)?;
         let config = self.state.write(CONFIG, &document)?;
+        // It is written down by now, so that whoever removes the container removes it.
+        let group = plan.make(&bounds)?;
         let launch = Launch {
             monitor: &monitor,
             state: &self.state,
             config: &config,
             image: image.lease.as_fd(),
             mask: &self.signals.children,
+            place: record.restart.is_none().then_some(Place { network: None, cgroup: Some(&group) }),
         };
         // Last, so that what could not be started is what it was.
-        self.state.forget(api::record::NAME);
+        self.state.forget_end();
         Ok(launch.spawn()?)
     }
 
@@ -363,7 +374,7 @@ impl Container {
         }
         // What it leaves is removed, or can be started again, when it is gone.
         monitor.reap().map_err(reaping)?;
-        if let Ok(Some(end)) = api::record::read(self.state.path()) {
+        if let Ok(Some(end)) = api::record::read(&self.state.monitor_folder()) {
             times.finish(&end);
         }
         Ok(finished)
@@ -420,11 +431,11 @@ impl Container {
         } else {
             monitor.reap().ok()
         };
-        let folder = self.state.path();
-        if let Ok(Some(End { state: ContainerState { error: Some(error), .. }, .. })) = api::record::read(folder) {
+        let end = api::record::read(&self.state.monitor_folder());
+        if let Ok(Some(End { state: ContainerState { error: Some(error), .. }, .. })) = end {
             return error;
         }
-        match (ending, last_error(folder)) {
+        match (ending, last_error(self.state.path())) {
             (Some(Ending::Killed(signal)), _) => format!("the monitor was killed by signal {signal}"),
             (_, Some(line)) => line,
             (Some(Ending::Exited(code)), None) => format!("the monitor ended with code {code} and without a report"),

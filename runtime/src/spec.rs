@@ -96,8 +96,9 @@ pub fn vm((vcpus, memory_mib): (u8, u32), kernel: PathBuf, initramfs: PathBuf, i
         drives: vec![DriveConfig { file: DriveFile::Descriptor(image), read_only: true, limits: None }],
         networks: Vec::new(),
         pmem: Vec::new(),
-        balloon: true,
-        vsock: None,
+        // Each device is probed while the guest boots, and a page that is given back faults when it is wanted again.
+        balloon: false,
+        vsock: Vec::new(),
         vsock_limits: None,
         entropy_limits: None,
         console_limits: None,
@@ -258,7 +259,7 @@ fn files(hostname: &str) -> Vec<File> {
 
 #[cfg(test)]
 mod tests {
-    use api::config::LaunchConfig;
+    use api::config::{JailConfig, LaunchConfig};
 
     use super::*;
     use crate::size::{Host, MIB};
@@ -328,7 +329,8 @@ mod tests {
         assert_eq!((vm.vcpus, vm.memory_mib, vm.drives[0].read_only), (2, 512, true));
         let container =
             ContainerConfig { spec: spec_of(&request), stdin: false, stdin_once: false, wait_for_attach: false };
-        let config = LaunchConfig { vm, container: Some(container), folder: None, restart: None };
+        let config =
+            LaunchConfig { vm, container: Some(container), folder: None, restart: None, jail: JailConfig::default() };
         let json = serde_json::to_vec(&config).unwrap();
         assert_eq!(LaunchConfig::parse(&json).unwrap(), config);
     }

@@ -14,11 +14,12 @@ use std::path::{Path, PathBuf};
 
 use api::config::LaunchConfig;
 use api::lock::NAME as LOCK;
+use jailer::JailError;
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, fstat, open, openat, statat};
 use rustix::io::Errno;
 use thiserror::Error;
 
-use crate::directory::write;
+use crate::directory::{remove, write};
 use crate::lock::{self, Wait};
 use crate::record::Record;
 use crate::run::CONFIG;
@@ -46,6 +47,9 @@ pub enum StateError {
         /// Its path.
         path: PathBuf,
     },
+    /// The cgroup of its monitor.
+    #[error(transparent)]
+    Cgroup(#[from] JailError),
     /// A step failed.
     #[error("cannot {action} {}", path.display())]
     Io {
@@ -327,11 +331,11 @@ impl RunRoot {
         // What starts it again knows nothing but the document that it was started with.
         if (was_restarted || record.restart.is_some())
             && self.is_alive(id)
-            && let Ok(LaunchConfig { container: Some(mut container), vm, folder: place, .. }) =
-                LaunchConfig::read(&folder.join(CONFIG))
+            && let Ok(mut config) = LaunchConfig::read(&folder.join(CONFIG))
+            && let Some(container) = &mut config.container
         {
             container.spec.limits = record.container.spec.limits;
-            let config = LaunchConfig { container: Some(container), vm, folder: place, restart: record.restart };
+            config.restart = record.restart;
             let bytes = serde_json::to_vec(&config).map_err(|error| failed("encode", folder)(error.into()))?;
             write(folder, CONFIG, &bytes)?;
         }
@@ -348,7 +352,7 @@ impl RunRoot {
                 continue;
             }
             match self.lock(&name, Wait::No, OFlags::CREATE) {
-                Ok(_lock) if !self.is_kept(&name) => _ = fs::remove_dir_all(self.path.join(name)),
+                Ok(_lock) if !self.is_kept(&name) => _ = remove(&self.path.join(name)),
                 // On a full disk one without the file cannot be locked. Without the file it is empty, or not ours to remove;
                 // and who has just made it makes it again.
                 Err(Errno::NOSPC | Errno::DQUOT) => _ = fs::remove_dir(self.path.join(name)),
@@ -377,6 +381,13 @@ pub struct Found {
     pub record: Record,
     /// Whether its monitor, or whoever makes it, lived when it was looked at.
     pub alive: bool,
+}
+
+impl Found {
+    /// The folder of what its monitor writes.
+    pub fn monitor_folder(&self) -> PathBuf {
+        self.folder.join(api::folder::NAME)
+    }
 }
 
 fn is_id(name: &str) -> bool {
@@ -574,6 +585,7 @@ mod tests {
             container: Some(found.record.container.clone()),
             folder: None,
             restart: found.record.restart,
+            jail: api::config::JailConfig::default(),
         };
         let path = state.write(CONFIG, &serde_json::to_vec(&config).unwrap()).unwrap();
         let change = |record: &mut Record| {

@@ -20,6 +20,8 @@ pub const PROGRAMS_VARIABLE: &str = "COFFERDAM_BIN";
 pub const HOSTILE_VARIABLE: &str = "COFFERDAM_HOSTILE_AGENT";
 /// Says how many rounds a soak has.
 pub const SOAK_VARIABLE: &str = "COFFERDAM_SOAK";
+/// The environment variable that has the tests of faults try every step, when it is `all`, and not each fifth one.
+pub const FAULTS_VARIABLE: &str = "COFFERDAM_FAULTS";
 /// Names the program of schemathesis.
 pub const SCHEMATHESIS_VARIABLE: &str = "COFFERDAM_SCHEMATHESIS";
 /// In the prepared folder: a store that holds all images already.

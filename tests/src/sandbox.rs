@@ -1,8 +1,8 @@
 //! A place for one test: directories of its own for everything that `cofferdam` writes, and the check that nothing is
 //! left of it.
 //!
-//! Every process that runs here has the place's path in its environment, by which it is found wherever it is in the
-//! tree of processes.
+//! Every process that runs here has the place's path in its environment, or among its arguments where its environment is
+//! empty, by which it is found wherever it is in the tree of processes.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -131,6 +131,24 @@ impl Sandbox {
     #[must_use]
     pub fn files(&self) -> PathBuf {
         self.folder.path().join("files")
+    }
+
+    /// Gives the place to another user, who is named by his number, so that he can run containers in it.
+    ///
+    /// # Panics
+    /// This process is not root.
+    pub fn give(&self, user: u32) {
+        let folders = ["", "tmp", "home", "files"].map(|name| self.folder.path().join(name));
+        for folder in folders {
+            std::os::unix::fs::chown(&folder, Some(user), Some(user)).expect("only root can give folders away");
+        }
+    }
+
+    /// `cofferdam` with these arguments, as another user without any group.
+    #[must_use]
+    pub fn cofferdam_as(&self, user: u32, arguments: &[&str]) -> Invocation {
+        let script = format!("exec setpriv --reuid {user} --regid {user} --clear-groups -- \"$COFFERDAM\" \"$@\"");
+        self.program("sh", ["-c", &script, "sh"].iter().chain(arguments))
     }
 
     /// The folder for state while containers run.
@@ -285,9 +303,10 @@ impl Sandbox {
         entries
             .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
             .filter(|pid| {
-                // Processes that end while we look have no environment any more.
-                let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-                environment.windows(here.len()).any(|window| window == here.as_bytes())
+                // Processes that end while we look have nothing any more.
+                let read = |what| fs::read(format!("/proc/{pid}/{what}")).unwrap_or_default();
+                let names_it = |text: Vec<u8>| text.windows(here.len()).any(|window| window == here.as_bytes());
+                ["environ", "cmdline"].into_iter().map(read).any(names_it)
             })
             .collect()
     }

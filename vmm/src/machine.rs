@@ -13,29 +13,25 @@ use std::sync::{Arc, Mutex, PoisonError};
 use api::config::VmConfig;
 use devices::GuestMemory;
 use devices::console::ConsoleOutput;
-use devices::net::tap::TapError;
 use devices::serial::Serial;
-use devices::vsock::ports::HostPorts;
 use kvm_bindings::{CpuId, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use thiserror::Error;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::attach;
 use crate::attach::memory::{Arranged, Controls};
+use crate::attach::{self, Opened};
 use crate::boot::{command_line, kernel, mp_table, registers, zero_page};
 use crate::cpuid;
 use crate::layout::{self, IRQ_LAST, PAGE, SERIAL_IRQ, VIRTIO_IRQ};
 use crate::memory::{self, MemoryError};
 use crate::populate;
+use crate::resources::Resources;
 use crate::vcpu::Bus;
 
 /// Why a VM was not built.
 #[derive(Debug, Error)]
 pub enum MachineError {
-    /// KVM is not usable.
-    #[error("cannot open /dev/kvm: {}", open_hint(.0))]
-    OpenKvm(#[source] kvm_ioctls::Error),
     /// A step that KVM refused.
     #[error("KVM cannot {step}")]
     Kvm {
@@ -48,17 +44,6 @@ pub enum MachineError {
     /// Guest memory is not as asked for.
     #[error("cannot set guest memory up")]
     Memory(#[from] MemoryError),
-    /// A file cannot be opened.
-    #[error("cannot open {what} {}", path.display())]
-    Open {
-        /// What it is for.
-        what: &'static str,
-        /// Its path.
-        path: PathBuf,
-        /// What the system says.
-        #[source]
-        source: io::Error,
-    },
     /// The kernel cannot be loaded.
     #[error("cannot load the kernel {}", path.display())]
     Kernel {
@@ -68,6 +53,15 @@ pub enum MachineError {
         #[source]
         source: kernel::KernelError,
     },
+    /// The initial RAM file system cannot be looked at.
+    #[error("cannot look at the initial RAM file system {}", path.display())]
+    Length {
+        /// Its path.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
     /// The initial RAM file system cannot be loaded.
     #[error("cannot place the {length} bytes of the initial RAM file system {}: it is empty, or larger than the VM", path.display())]
     Initramfs {
@@ -76,9 +70,6 @@ pub enum MachineError {
         /// Its length.
         length: u64,
     },
-    /// A tap cannot be used.
-    #[error("cannot make the network device")]
-    Tap(#[from] TapError),
     /// The command line is too long.
     #[error("the kernel command line is longer than {} bytes", layout::COMMAND_LINE_SIZE)]
     CommandLine(#[source] linux_loader::cmdline::Error),
@@ -91,14 +82,6 @@ pub enum MachineError {
         #[source]
         source: io::Error,
     },
-}
-
-fn open_hint(error: &kvm_ioctls::Error) -> &'static str {
-    match error.errno() {
-        libc::ENOENT => "this machine offers no hardware virtualization, or the kvm module is not loaded",
-        libc::EACCES | libc::EPERM => "add yourself to the group that owns it (usually kvm)",
-        _ => "it is there, but does not open",
-    }
 }
 
 pub(crate) fn kvm(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> MachineError {
@@ -119,21 +102,23 @@ pub struct Machine {
     pub vm: VmFd,
 }
 
-/// Builds a VM whose guest finds the host's vsock ports at `ports`.
+/// Builds a VM of what was opened for it.
 ///
 /// # Errors
 /// [`MachineError`] names the step, the file or the number.
-pub fn build(config: &VmConfig, ports: HostPorts, echo_console: bool) -> Result<Machine, MachineError> {
-    let kvm_device = Kvm::new().map_err(MachineError::OpenKvm)?;
+pub fn build(config: &VmConfig, resources: Resources, echo_console: bool) -> Result<Machine, MachineError> {
+    let Resources { kvm: kvm_device, kernel, initramfs, drives, pmem, taps, ports } = resources;
     let guest = memory::reserve(config.memory_mib)?;
-    let path = &config.kernel;
-    let file = open("the kernel", path)?;
-    let kernel = kernel::load(&guest, &file).map_err(|source| MachineError::Kernel { path: path.clone(), source })?;
-    let initramfs = config.initramfs.as_deref().map(|path| Initramfs::place(&guest, path, kernel.end)).transpose()?;
+    let kernel =
+        kernel::load(&guest, &kernel).map_err(|source| MachineError::Kernel { path: config.kernel.clone(), source })?;
+    let initramfs = match (&config.initramfs, initramfs) {
+        (Some(path), Some(file)) => Some(Initramfs::place(&guest, path, file, kernel.end)?),
+        _ => None,
+    };
     let place = initramfs.as_ref().map(|initramfs| initramfs.address);
     let populating = populate::start(&guest, kernel.file_end..kernel.end, place);
 
-    let memory = Arranged::new(config, &guest)?;
+    let memory = Arranged::new(config, &guest, pmem)?;
     let controls = memory.controls.clone();
     let vm = kvm_device.create_vm().map_err(kvm("create a VM"))?;
     add_memory(&vm, &memory)?;
@@ -141,7 +126,7 @@ pub fn build(config: &VmConfig, ports: HostPorts, echo_console: bool) -> Result<
     vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
 
     let console = ConsoleOutput::new(echo_console);
-    let devices = attach::devices(config, &vm, memory, ports, &console)?;
+    let devices = attach::devices(config, &vm, memory, Opened { drives, taps, ports }, &console)?;
     let serial = config.serial.then(|| Arc::new(Mutex::new(Serial::new(console.clone()))));
     describe(config, &guest, devices.len(), initramfs)?;
     let vcpus = add_vcpus(&kvm_device, &vm, &guest, config.vcpus, kernel.entry)?;
@@ -203,11 +188,9 @@ struct Initramfs {
 }
 
 impl Initramfs {
-    fn place(guest: &GuestMemory, path: &Path, kernel_end: u64) -> Result<Self, MachineError> {
-        let what = "the initial RAM file system";
-        let file = open(what, path)?;
-        let metadata = file.metadata();
-        let length = metadata.map_err(|source| MachineError::Open { what, path: path.to_owned(), source })?.len();
+    fn place(guest: &GuestMemory, path: &Path, file: File, kernel_end: u64) -> Result<Self, MachineError> {
+        let length = file.metadata();
+        let length = length.map_err(|source| MachineError::Length { path: path.to_owned(), source })?.len();
         let misfit = || MachineError::Initramfs { path: path.to_owned(), length };
         let low_end = guest.iter().next().map_or(0, GuestMemoryRegion::len);
         let address = low_end.checked_sub(length).map(|address| address - address % PAGE).ok_or_else(misfit)?;
@@ -227,10 +210,6 @@ impl Initramfs {
         memory::copy(guest, &self.file, 0, self.address, self.length)?;
         Ok(self.told)
     }
-}
-
-fn open(what: &'static str, path: &Path) -> Result<File, MachineError> {
-    File::open(path).map_err(|source| MachineError::Open { what, path: path.to_owned(), source })
 }
 
 fn add_vcpus(device: &Kvm, vm: &VmFd, guest: &GuestMemory, count: u8, entry: u64) -> Result<Vec<VcpuFd>, MachineError> {

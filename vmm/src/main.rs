@@ -1,33 +1,47 @@
 //! `cofferdam-vmm`: runs one micro-VM, and the container in it, and exits with the container's exit code.
 //!
 //! ```text
-//! cofferdam-vmm --config FILE [--api-fd N]
+//! cofferdam-vmm --config FILE [--api-fd N] [--lock-fd N]
 //! cofferdam-vmm --probe
 //! ```
+//!
+//! The process that is started like this is above the monitor, which it has born in its jail and waits for ([`restart`]). A
+//! front end starts the monitor itself, as one that was born (`--born`), where it is to be started once.
 
 use std::ffi::OsString;
 use std::io::Write as _;
+use std::mem::ManuallyDrop;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use api::config::LaunchConfig;
 use api::control::EXIT_FAILED;
+use api::folder::Folder;
 use api::lock::{self, Byte};
 use api::server::Outcome;
 use api::session::{chain, now};
-use vmm::inherited;
-use vmm::{monitor, restart};
+use jailer::birth::BORN;
+use vmm::restart::Above;
+use vmm::{inherited, monitor, restart};
 
-const USAGE: &str = "usage: cofferdam-vmm --config FILE [--api-fd N] | --probe | --version";
+const USAGE: &str = "usage: cofferdam-vmm --config FILE [--api-fd N] [--lock-fd N] | --probe | --version";
 
-/// What is done first in a state directory.
-const LOCKING: &str = "cannot lock the state directory";
+/// What a monitor is told.
+#[derive(Debug, Default)]
+struct Arguments {
+    config: Option<PathBuf>,
+    api: Option<i32>,
+    lock: Option<i32>,
+    born: bool,
+    parent: Option<i32>,
+}
 
 /// What to do.
 enum Command {
-    Run { config: PathBuf, api: Option<i32>, supervised: bool },
+    Run(Arguments),
     Probe,
     Version,
 }
@@ -35,7 +49,8 @@ enum Command {
 fn main() -> ExitCode {
     let started = now();
     let outcome = match parse(std::env::args_os().skip(1)) {
-        Ok(Command::Run { config, api, supervised }) => run(&config, api, supervised, started),
+        Ok(Command::Run(arguments)) if arguments.born => run(arguments, started),
+        Ok(Command::Run(arguments)) => above(&arguments),
         Ok(Command::Probe) => probe(),
         Ok(Command::Version) => {
             println!("cofferdam-vmm {}", env!("CARGO_PKG_VERSION"));
@@ -58,56 +73,86 @@ fn tell(error: &str) {
     let _ = writeln!(std::io::stderr(), "error: {error}");
 }
 
-fn parse(mut arguments: impl Iterator<Item = OsString>) -> Result<Command> {
-    let (mut config, mut api, mut supervised) = (None, None, false);
-    while let Some(argument) = arguments.next() {
-        let mut value = || arguments.next().with_context(|| format!("{} needs a value: {USAGE}", argument.display()));
-        match argument.to_str() {
+fn parse(mut words: impl Iterator<Item = OsString>) -> Result<Command> {
+    let mut arguments = Arguments::default();
+    while let Some(word) = words.next() {
+        let mut value = || words.next().with_context(|| format!("{} needs a value: {USAGE}", word.display()));
+        let mut number = || {
+            let number = value()?.to_str().and_then(|number| number.parse().ok()).filter(|number| *number > 2);
+            number.with_context(|| format!("{} takes the number of an inherited descriptor, 3 or more", word.display()))
+        };
+        match word.to_str() {
             Some("--probe") => return Ok(Command::Probe),
-            Some(restart::SUPERVISED) => supervised = true,
             Some("--version") => return Ok(Command::Version),
-            Some("--config") => config = Some(PathBuf::from(value()?)),
-            Some("--api-fd") => {
-                let number = value()?.to_str().and_then(|number| number.parse().ok()).filter(|number| *number > 2);
-                api = Some(number.context("--api-fd takes the number of an inherited socket, 3 or more")?);
-            }
-            _ => bail!("unknown argument {argument:?}: {USAGE}"),
+            Some(BORN) => arguments.born = true,
+            Some("--config") => arguments.config = Some(PathBuf::from(value()?)),
+            Some("--api-fd") => arguments.api = Some(number()?),
+            Some("--lock-fd") => arguments.lock = Some(number()?),
+            Some(restart::PARENT) => arguments.parent = Some(number()?),
+            _ => bail!("unknown argument {word:?}: {USAGE}"),
         }
     }
-    Ok(Command::Run { config: config.context(USAGE)?, api, supervised })
+    arguments.config.as_ref().context(USAGE)?;
+    Ok(Command::Run(arguments))
 }
 
-fn run(document: &Path, api: Option<i32>, supervised: bool, started: u64) -> Result<u8> {
-    jailer::process()?;
-    let config = LaunchConfig::read(document)?;
-    if let (Some(_), Some(folder), false) = (config.restart, &config.folder, supervised) {
-        lock::take(folder, Byte::Supervisor).context(LOCKING)?;
-        let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
-        return restart::supervise(document, folder, &arguments).map_err(|error| {
-            monitor::record_failure(folder, &format!("cannot start the monitor again: {error}"));
-            anyhow::Error::from(error).context("cannot start the monitor again")
-        });
+impl Arguments {
+    fn read_config(&self) -> Result<LaunchConfig> {
+        Ok(LaunchConfig::read(self.config.as_deref().context(USAGE)?)?)
     }
-    if let Some(folder) = &config.folder {
-        // First of all: from here on it can be found, whatever becomes of it.
-        lock::take(folder, Byte::Monitor).context(LOCKING)?;
+}
+
+/// Has a monitor born in its jail, as often as a policy asks for, and gives its exit code.
+fn above(arguments: &Arguments) -> Result<u8> {
+    let config = arguments.read_config()?;
+    let lock = arguments.lock.map(take).transpose()?;
+    let inherited =
+        arguments.api.into_iter().chain(config.vm.descriptors()).map(take).collect::<Result<Vec<OwnedFd>>>()?;
+    let above = Above::new(std::env::args_os().skip(1).collect(), lock, inherited, &config)?;
+    let (Some(_), Some(folder)) = (config.restart, config.folder) else {
+        return Ok(above.once()?.unwrap_or(EXIT_FAILED));
+    };
+    let folder = Folder::open(&folder).context("cannot open the folder for the record of its end")?;
+    let document = arguments.config.as_deref().context(USAGE)?;
+    above.supervise(document, &folder).map_err(|error| {
+        monitor::record_failure(&folder, &chain(&error));
+        anyhow::Error::from(error)
+    })
+}
+
+/// Runs a monitor that was born.
+fn run(arguments: Arguments, started: u64) -> Result<u8> {
+    // First of all: from here on it can be found, whatever becomes of it.
+    if let Some(number) = arguments.lock {
+        // Its end is this process's: to close any descriptor of the file would be to let go.
+        let lock = ManuallyDrop::new(take(number)?);
+        lock::take(&*lock, Byte::Monitor).context("cannot lock the state directory")?;
     }
-    let listener = api.map(inherited_listener).transpose()?;
-    let folder = config.folder.clone();
-    match monitor::run(config, listener, started) {
-        Ok(Outcome { exit_code, error }) => {
-            if let Some(error) = error {
-                tell(&error);
-            }
-            Ok(exit_code)
-        }
-        Err(error) => {
-            if let Some(folder) = folder {
-                monitor::record_failure(&folder, &chain(&error));
-            }
-            Err(error.into())
-        }
+    let config = arguments.read_config()?;
+    let listener = arguments.api.map(inherited_listener).transpose()?;
+    let parent = arguments.parent.map(take).transpose()?;
+    // It leads out of the jail: for what goes wrong before that is entered.
+    let outside = config.folder.as_deref().map(Folder::open).transpose();
+    let outside = outside.context("cannot open the folder for the record of its end")?;
+    let inside = monitor::enter(&config, parent).inspect_err(|error| record(outside.as_ref(), error))?;
+    drop(outside);
+    let folder = inside.folder.clone();
+    let Outcome { exit_code, error } =
+        monitor::run(config, inside, listener, started).inspect_err(|error| record(folder.as_ref(), error))?;
+    if let Some(error) = error {
+        tell(&error);
     }
+    Ok(exit_code)
+}
+
+fn record(folder: Option<&Folder>, error: &monitor::MonitorError) {
+    if let Some(folder) = folder {
+        monitor::record_failure(folder, &chain(error));
+    }
+}
+
+fn take(number: i32) -> Result<OwnedFd> {
+    inherited::take(number).with_context(|| format!("no descriptor {number} was inherited"))
 }
 
 fn probe() -> Result<u8> {
@@ -118,7 +163,7 @@ fn probe() -> Result<u8> {
 
 /// Takes the listening socket that whoever started this process left open under this number.
 fn inherited_listener(number: i32) -> Result<UnixListener> {
-    let socket = inherited::take(number).with_context(|| format!("no descriptor {number} was inherited"))?;
+    let socket = take(number)?;
     if rustix::net::sockopt::socket_acceptconn(&socket) != Ok(true) {
         bail!("descriptor {number} is not a listening socket");
     }

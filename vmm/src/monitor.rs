@@ -5,24 +5,28 @@
 //! the API, which then finds its conversation with the agent closed, says what that means.
 
 use std::io::Write as _;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::{io, thread};
 
 use api::config::LaunchConfig;
+use api::folder::Folder;
 use api::model::{Balloon, Device, VmBoot};
 use api::server::{self, DeviceFigures, Outcome, Plugged, Setup};
 use api::session::{chain, now};
 use devices::vsock::ports::HostPorts;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use jailer::{Jail, JailError};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::attach::memory::Controls;
 use crate::machine::{self, Machine, MachineError};
 use crate::pause::Threads;
+use crate::resources::{ResourceError, Resources};
 use crate::vcpu::{self, Bus, GuestEnd};
 
 /// The most of the guest's console that the API tells, in bytes.
@@ -31,6 +35,12 @@ const CONSOLE_MAX: usize = 8 << 10;
 /// Why a monitor did not get as far as running a guest, or could not go on.
 #[derive(Debug, Error)]
 pub enum MonitorError {
+    /// Something that the VM is made of is not there.
+    #[error(transparent)]
+    Resources(#[from] ResourceError),
+    /// The jail is not in force.
+    #[error("cannot confine the monitor")]
+    Jail(#[from] JailError),
     /// The VM was not built.
     #[error("cannot build the VM")]
     Machine(#[from] MachineError),
@@ -75,14 +85,53 @@ impl Ender {
     }
 }
 
+/// What a monitor has in its jail.
+pub struct Inside {
+    /// What the VM is made of.
+    pub resources: Resources,
+    /// Where the container's log and the record of its end go.
+    pub folder: Option<Folder>,
+}
+
+/// Opens what a VM is made of and enters the jail. `tied` is the process whose end is this one's.
+///
+/// # Errors
+/// [`MonitorError`]; the process may be half confined then and has to end.
+pub fn enter(config: &LaunchConfig, tied: Option<OwnedFd>) -> Result<Inside, MonitorError> {
+    let vm = &config.vm;
+    let resources = Resources::open(vm)?;
+    let id = config.container.as_ref().map(|container| container.spec.id.clone());
+    let id = id.or_else(|| Some(config.folder.as_ref()?.display().to_string())).unwrap_or_default();
+    let jail = Jail {
+        folder: config.folder.as_deref(),
+        user: jailer::identity::user(&id),
+        limits: jailer::Limits::new(vm.vcpus, resources.mapped_mib(vm)?, resources.largest_drive(vm)?),
+        tied: tied.is_some(),
+    };
+    let folder = jail.enter()?.zip(config.folder.clone()).map(|(descriptor, path)| Folder::new(descriptor, path));
+    // It may have ended before it was said that this process ends with it.
+    if let Some(parent) = tied
+        && poll(&mut [PollFd::new(&parent, PollFlags::IN)], Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+    {
+        return Err(system("go on without the process that started it")(io::ErrorKind::BrokenPipe.into()));
+    }
+    Ok(Inside { resources, folder })
+}
+
 /// Runs a VM to its end, and serves its API at `listener`.
 ///
 /// # Errors
 /// [`MonitorError`] when there was no guest to run, or it failed and nobody could be told.
-pub fn run(config: LaunchConfig, listener: Option<UnixListener>, started: u64) -> Result<Outcome, MonitorError> {
-    let ports = HostPorts::new(config.vm.vsock.clone());
+pub fn run(
+    config: LaunchConfig,
+    inside: Inside,
+    listener: Option<UnixListener>,
+    started: u64,
+) -> Result<Outcome, MonitorError> {
+    let Inside { resources, folder } = inside;
+    let ports = resources.ports.clone();
     let served = config.container.is_some() || listener.is_some();
-    let mut machine = machine::build(&config.vm, ports.clone(), !served)?;
+    let mut machine = machine::build(&config.vm, resources, !served)?;
     let boot = VmBoot { monitor_started_ns: started, vm_created_ns: now(), ..VmBoot::default() };
     let event = EventFd::new(EFD_NONBLOCK).map_err(system("make an eventfd"))?;
     let (ends, ended) = mpsc::channel();
@@ -103,7 +152,7 @@ pub fn run(config: LaunchConfig, listener: Option<UnixListener>, started: u64) -
         };
         let kinds = bus.devices.iter().map(kind).collect();
         let handle = Handle { bus, kinds, console, memory, ports: ports.clone(), vcpus: Arc::clone(&vcpus) };
-        let LaunchConfig { vm, container, folder, .. } = config;
+        let LaunchConfig { vm, container, .. } = config;
         let machine: Arc<dyn server::Machine> = Arc::new(handle);
         let setup = Setup { config: vm, container, listener, folder, machine, agent, boot, guest_ended };
         serve(setup, Arc::clone(&guest_end), ender()?)?;
@@ -311,7 +360,7 @@ impl server::Machine for Handle {
 }
 
 /// Records in a container's folder that it ended before it could begin, or that nobody could serve it any more.
-pub fn record_failure(folder: &Path, error: &str) {
+pub fn record_failure(folder: &Folder, error: &str) {
     let state = api::model::ContainerState {
         status: api::model::ContainerStatus::Exited,
         exit_code: Some(api::control::EXIT_FAILED),

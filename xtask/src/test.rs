@@ -76,7 +76,9 @@ pub fn e2e(filters: &[OsString]) -> Result<ExitCode> {
         tests::SCHEMATHESIS_VARIABLE.into(),
         step("end-to-end tests: schemathesis", schemathesis::program)?.into(),
     ));
-    environment.extend(std::env::var_os(tests::SOAK_VARIABLE).map(|rounds| (tests::SOAK_VARIABLE.into(), rounds)));
+    for name in [tests::SOAK_VARIABLE, tests::FAULTS_VARIABLE] {
+        environment.extend(std::env::var_os(name).map(|value| (name.into(), value)));
+    }
     let here = demo::kvm_runs_guests();
     if !here {
         eprintln!("test: /dev/kvm on this host cannot run guests: running the end-to-end tests in the lab");

@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use jailer::cgroup::{Bounds, IoBound};
 use protocol::container::ContainerSpec;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -30,6 +31,8 @@ pub const MEMORY_MIB_MAX: u32 = 1 << 20;
 pub const PLUGGABLE_MIB: u32 = 128;
 /// The most devices a VM can have: each has an interrupt of its own.
 pub const DEVICES_MAX: usize = 19;
+/// The most ports of the host.
+pub const PORTS_MAX: usize = 64;
 /// The longest document read: a container specification holds its program's arguments and environment, 2 MiB at most.
 const DOCUMENT_MAX: u64 = 8 << 20;
 /// The longest addition to the kernel command line; x86 Linux takes 2,048 bytes in all.
@@ -45,12 +48,83 @@ pub struct LaunchConfig {
     /// its guest powers off or it is told to end.
     #[serde(default)]
     pub container: Option<ContainerConfig>,
-    /// The state directory, for the container's log and the record of its end.
+    /// The folder for the container's log and the record of its end: all that the monitor can reach. It is given to the
+    /// monitor's user where the monitor is not its caller's.
     #[serde(default)]
     pub folder: Option<PathBuf>,
     /// Whether the container is started again when it has ended; needs a state directory.
     #[serde(default)]
     pub restart: Option<RestartPolicy>,
+    /// The jail that the monitor is in, as far as there is a choice.
+    #[serde(default)]
+    pub jail: JailConfig,
+}
+
+/// What can be chosen of a monitor's jail; what is in it otherwise is described in `docs/decisions/0007-jail.md`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JailConfig {
+    /// A network namespace to be in instead of an empty one: a file like `/proc/PID/ns/net`.
+    #[serde(default)]
+    pub network_namespace: Option<PathBuf>,
+    /// The folders of the cgroup to be born in, one for each hierarchy, which is there already. Without any, a process that is
+    /// above the monitor makes one, and removes it.
+    #[serde(default)]
+    pub cgroups: Vec<PathBuf>,
+    /// The most memory that the monitor and its guest take, in bytes: by default the guest's and a part more.
+    #[serde(default)]
+    pub memory_bytes: Option<u64>,
+    /// The most CPU time in microseconds in each 100 ms: by default that of the vCPUs and of one CPU more.
+    #[serde(default)]
+    pub cpu_us: Option<u64>,
+    /// The most threads: by default those of the vCPUs and 16 more.
+    #[serde(default)]
+    pub threads: Option<u32>,
+    /// Limits on disks: by default none.
+    #[serde(default)]
+    pub io: Vec<IoConfig>,
+}
+
+/// How much the monitor may read of and write to a disk in a second.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IoConfig {
+    /// The disk's major number.
+    pub major: u32,
+    /// The disk's minor number.
+    pub minor: u32,
+    /// Bytes read.
+    #[serde(default)]
+    pub read_bps: Option<u64>,
+    /// Bytes written.
+    #[serde(default)]
+    pub write_bps: Option<u64>,
+    /// Reads.
+    #[serde(default)]
+    pub read_iops: Option<u64>,
+    /// Writes.
+    #[serde(default)]
+    pub write_iops: Option<u64>,
+}
+
+impl JailConfig {
+    /// The limits of the cgroup of a machine's monitor.
+    pub fn bounds(&self, vm: &VmConfig) -> Bounds {
+        let usual = Bounds::new(vm.vcpus, vm.most_memory_mib());
+        let io = self.io.iter().map(|io| IoBound {
+            device: format!("{}:{}", io.major, io.minor),
+            read_bps: io.read_bps,
+            write_bps: io.write_bps,
+            read_iops: io.read_iops,
+            write_iops: io.write_iops,
+        });
+        Bounds {
+            memory: self.memory_bytes.or(usual.memory),
+            cpu_us: self.cpu_us.or(usual.cpu_us),
+            threads: self.threads.or(usual.threads),
+            io: io.collect(),
+        }
+    }
 }
 
 /// When a container that has ended is started again, unless somebody wanted it to end.
@@ -116,10 +190,9 @@ pub struct VmConfig {
     /// Whether the guest can give memory up, and reports memory that it does not use for now: both are the host's then.
     #[serde(default)]
     pub balloon: bool,
-    /// A socket path: the guest's vsock connection to port N of the host goes to the Unix socket `PATH_N`. Ports of
-    /// the container's own session come before it.
+    /// Ports of the host that the guest can connect to, besides those of the container's own session.
     #[serde(default)]
-    pub vsock: Option<PathBuf>,
+    pub vsock: Vec<PortConfig>,
     /// How much the guest may send through the socket device: packets and their data. Not what is sent to it, which waits
     /// for the guest anyway.
     #[serde(default)]
@@ -133,6 +206,17 @@ pub struct VmConfig {
     /// Whether the guest gets an early serial console, for finding out why a kernel dies before its console is up.
     #[serde(default)]
     pub serial: bool,
+}
+
+/// A port of the host's, for one connection of the guest's. The monitor connects to the socket when it starts, since it can
+/// reach none later.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PortConfig {
+    /// The port.
+    pub port: u32,
+    /// The path of a Unix socket that somebody listens at.
+    pub socket: PathBuf,
 }
 
 fn one() -> u8 {
@@ -259,6 +343,7 @@ impl VmConfig {
         }
         within("the number of pmem devices", self.pmem.len() as u64, 0, PMEM_MAX as u64)?;
         within("the number of devices", self.devices() as u64, 0, DEVICES_MAX as u64)?;
+        within("the number of vsock ports", self.vsock.len() as u64, 0, PORTS_MAX as u64)?;
         within("the length of command_line", self.command_line.len() as u64, 0, COMMAND_LINE_MAX as u64)?;
         if !self.command_line.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
             return Err(ConfigError::NotPrintable { field: "command_line", value: self.command_line.clone() });
@@ -268,6 +353,25 @@ impl VmConfig {
 }
 
 impl VmConfig {
+    /// The most memory that it can have, in MiB.
+    pub fn most_memory_mib(&self) -> u32 {
+        self.memory_max_mib.unwrap_or(self.memory_mib)
+    }
+
+    /// The numbers of the descriptors that it is started with.
+    pub fn descriptors(&self) -> Vec<i32> {
+        let file = |file: &DriveFile| match file {
+            DriveFile::Descriptor(number) => Some(*number),
+            DriveFile::Path(_) => None,
+        };
+        let files = self.drives.iter().map(|drive| &drive.file).chain(self.pmem.iter().map(|pmem| &pmem.file));
+        let taps = self.networks.iter().flat_map(|network| match &network.tap {
+            TapConfig::Descriptors(numbers) => numbers.clone(),
+            TapConfig::Name(_) => Vec::new(),
+        });
+        files.filter_map(file).chain(taps).collect()
+    }
+
     /// How many devices it has: socket, entropy and console besides those that it names.
     fn devices(&self) -> usize {
         let memory = usize::from(self.balloon) + usize::from(self.memory_max_mib.is_some());
@@ -291,6 +395,15 @@ mod tests {
     fn the_least_document_is_enough() {
         let config = parse(r#"{"kernel":"/k","memory_mib":128}"#).unwrap();
         assert_eq!((config.vm.vcpus, config.vm.drives.len(), config.container), (1, 0, None));
+    }
+
+    #[test]
+    fn limits_of_the_jail_follow_from_the_machine_unless_they_are_given() {
+        let text = r#"{"vm":{"kernel":"/k","memory_mib":128},"jail":{"threads":9,"io":[{"major":8,"minor":1}]}}"#;
+        let config = LaunchConfig::parse(text.as_bytes()).unwrap();
+        let bounds = config.jail.bounds(&config.vm);
+        assert_eq!((bounds.threads, bounds.cpu_us, &*bounds.io[0].device), (Some(9), Some(200_000), "8:1"));
+        assert!(bounds.memory.is_some_and(|memory| memory > 128 << 20));
     }
 
     #[test]

@@ -28,7 +28,7 @@ use crate::session::now;
 
 /// Creates and starts the container that the VM is for; both calls are under way at once.
 pub(super) fn launch(context: &Shared, container: ContainerConfig) -> io::Result<()> {
-    let log = context.folder.as_deref().map(Log::open).transpose()?.map(Arc::new);
+    let log = context.folder.as_ref().map(Log::open).transpose()?.map(Arc::new);
     let usage = Use { log, hold: container.wait_for_attach, stdin_once: container.stdin_once, ..Use::default() };
     let id = container.spec.id.clone();
     let begun = begin(context, container.spec, container.stdin, usage);

@@ -1,13 +1,13 @@
 //! A container's log while its VM lives: written as output comes, read by any number of clients, who may follow it.
 
 use std::io;
-use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use tokio::sync::watch;
 
 use super::streams::header;
+use crate::folder::Folder;
 use crate::log::{Entry, LogReader, LogWriter, Selection};
 use crate::model::StreamKind;
 
@@ -17,7 +17,7 @@ const PIECE: usize = 32 << 10;
 /// A log.
 #[derive(Debug)]
 pub struct Log {
-    folder: PathBuf,
+    folder: Folder,
     writer: Mutex<LogWriter>,
     grown: watch::Sender<()>,
 }
@@ -27,9 +27,9 @@ impl Log {
     ///
     /// # Errors
     /// What the system says.
-    pub fn open(folder: &Path) -> io::Result<Self> {
+    pub fn open(folder: &Folder) -> io::Result<Self> {
         let writer = Mutex::new(LogWriter::open(folder)?);
-        Ok(Self { folder: folder.to_owned(), writer, grown: watch::Sender::new(()) })
+        Ok(Self { folder: folder.clone(), writer, grown: watch::Sender::new(()) })
     }
 
     /// Adds what a stream brought. A full disk costs the log its entry, not the container its life or its readers their

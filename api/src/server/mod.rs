@@ -24,7 +24,6 @@ mod vm;
 
 use std::io::{self, Write as _};
 use std::os::unix::net::{UnixListener as StdListener, UnixStream as StdStream};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
@@ -41,6 +40,7 @@ use self::streams::{Ends, Streams};
 use self::vm::Vm;
 use crate::config::{ContainerConfig, VmConfig};
 use crate::control::EXIT_FAILED;
+use crate::folder::Folder;
 use crate::model::{Balloon, ContainerState, ContainerStatus, Device, VmBoot, VmState};
 use crate::record::End;
 use crate::session::{SessionError, chain, wall_clock_ns};
@@ -116,7 +116,7 @@ pub struct Setup {
     /// Where clients connect.
     pub listener: Option<StdListener>,
     /// The folder for the log and for the record of the end.
-    pub folder: Option<PathBuf>,
+    pub folder: Option<Folder>,
     /// The monitor.
     pub machine: Arc<dyn Machine>,
     /// Our end of the connection that is offered to the agent.
@@ -156,7 +156,7 @@ pub(crate) struct Context {
     guest: Guest,
     machine: Arc<dyn Machine>,
     config: VmConfig,
-    folder: Option<PathBuf>,
+    folder: Option<Folder>,
     /// The container that the VM is for.
     main: Option<String>,
     next_port: AtomicU32,
@@ -423,7 +423,8 @@ impl Context {
         let end = End { state, boot, stopped: self.stopped.load(Ordering::Relaxed) };
         if let Err(error) = crate::record::write(folder, &end) {
             // The same disk may be full for this, too.
-            let text = format!("error: cannot record the end of the container in {}: {error}\n", folder.display());
+            let text =
+                format!("error: cannot record the end of the container in {}: {error}\n", folder.path().display());
             let _ = io::stderr().write_all(text.as_bytes());
         }
     }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use api::config::RestartPolicy;
 use api::model::{Container, ContainerState, Health, Vm};
 use runtime::control::Control;
+use runtime::holders::{self, InForce};
 use runtime::record::Record;
 use runtime::state::RunRoot;
 use serde::Serialize;
@@ -34,6 +35,8 @@ struct Known {
     live: Option<Container>,
     /// The VM, while there is one.
     vm: Option<Vm>,
+    /// The jail that its monitor is in, as the kernel tells it, while there is one.
+    jail: Option<InForce>,
 }
 
 /// Shows everything that is known of containers.
@@ -77,6 +80,7 @@ async fn look(control: &Control<'_>) -> Known {
         container,
         live: status.live,
         vm,
+        jail: holders::jail(&control.found.folder),
     }
 }
 

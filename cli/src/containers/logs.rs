@@ -3,6 +3,7 @@
 use std::io;
 
 use api::client::ClientError;
+use api::folder::Folder;
 use api::log::{LogReader, Selection};
 use runtime::attach;
 use runtime::control::{Control, ControlError};
@@ -41,11 +42,12 @@ pub fn logs(args: &Logs) -> anyhow::Result<u8> {
 }
 
 fn from_files(control: &Control<'_>, selection: Selection, timestamps: bool) -> io::Result<()> {
-    let mut reader = match LogReader::open(&control.found.folder, selection) {
+    let folder = match Folder::open(&control.found.monitor_folder()) {
         // It was never started.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        reader => reader?,
+        folder => folder?,
     };
+    let mut reader = LogReader::open(&folder, selection)?;
     while let Some(entry) = reader.next()? {
         attach::write_all(entry.stream, &entry.shown(timestamps))?;
     }

@@ -305,17 +305,3 @@ fn more_streams_than_are_looked_at_at_once_are_all_heard_of() {
     }
     assert_eq!(received, hosts.len());
 }
-
-#[test]
-fn a_port_can_be_a_unix_socket() {
-    let folder = tempfile::tempdir().unwrap();
-    let listener = std::os::unix::net::UnixListener::bind(folder.path().join("v_1024")).unwrap();
-    let device = Vsock::new(HostPorts::new(Some(folder.path().join("v"))), None).unwrap();
-    let mut guest =
-        Guest { driver: Driver::new(Box::new(device)).start(), ports: HostPorts::default(), port: PORT, piece: 1 };
-    guest.send(&packet(REQUEST));
-    let (mut host, _) = listener.accept().unwrap();
-    assert_eq!(guest.receive().unwrap().op, RESPONSE);
-    host.write_all(b"x").unwrap();
-    assert_eq!(guest.receive().unwrap().data, b"x");
-}

@@ -12,6 +12,7 @@ mod exit_codes;
 mod faults;
 mod hostile;
 mod images;
+mod jail;
 mod life;
 mod limits;
 mod memory;

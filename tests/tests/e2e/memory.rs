@@ -52,7 +52,7 @@ fn meminfo_mib(pod: &Detached<'_>, name: &str) -> u64 {
 #[test]
 fn a_balloon_takes_memory_and_gives_it_back() {
     let sandbox = Sandbox::new();
-    let pod = sandbox.detached("pod", &["-m", "200m"], "busybox", &["sleep", "1000"]);
+    let pod = sandbox.detached_by(&with_balloon(&sandbox), "pod", &["-m", "200m"], "busybox", &["sleep", "1000"]);
     let balloon = || get(&sandbox, &pod, "/v1/vm/balloon");
     let free_mib = || balloon()["statistics"]["free_bytes"].as_u64().map(|bytes| bytes >> 20);
     assert_eq!((&balloon()["target_mib"], &balloon()["actual_mib"]), (&json!(0), &json!(0)));
@@ -76,7 +76,7 @@ fn a_balloon_takes_memory_and_gives_it_back() {
 #[test]
 fn a_balloon_larger_than_the_vm_is_refused() {
     let sandbox = Sandbox::new();
-    let pod = sandbox.detached("pod", &["-m", "100m"], "busybox", &["sleep", "1000"]);
+    let pod = sandbox.detached_by(&with_balloon(&sandbox), "pod", &["-m", "100m"], "busybox", &["sleep", "1000"]);
     let (code, problem) = patch(&sandbox, &pod, "/v1/vm/balloon", &json!({"target_mib": 100_000}));
     assert_eq!((code, &problem["type"]), (400, &json!("invalid-request")));
     assert!(problem["detail"].as_str().unwrap().contains("target_mib is 100000: give 0 to"), "{problem}");
@@ -89,7 +89,7 @@ fn a_balloon_larger_than_the_vm_is_refused() {
 fn memory_that_a_container_frees_is_the_hosts_again() {
     let sandbox = Sandbox::new();
     let flags = ["-m", "300m", "--shm-size", "200m"];
-    let pod = sandbox.detached("pod", &flags, "busybox", &["sleep", "1000"]);
+    let pod = sandbox.detached_by(&with_balloon(&sandbox), "pod", &flags, "busybox", &["sleep", "1000"]);
     let before = resident_mib(&sandbox);
     let fill = ["dd", "if=/dev/zero", "of=/dev/shm/file", "bs=1M", "count=150"];
     assert_eq!(pod.verb("exec", &[], &fill).end().code(), 0);
@@ -103,11 +103,16 @@ fn memory_that_a_container_frees_is_the_hosts_again() {
 fn changing(sandbox: &Sandbox, pattern: &str, replacement: &str) -> PathBuf {
     let path = sandbox.files().join("monitor");
     let real = programs().join("cofferdam-vmm");
-    // `--config FILE` comes first.
-    let script = format!("#!/bin/sh\nsed -E -i 's|{pattern}|{replacement}|' \"$2\"\nexec {} \"$@\"\n", real.display());
+    // `--born --config FILE` comes first.
+    let script = format!("#!/bin/sh\nsed -E -i 's|{pattern}|{replacement}|' \"$3\"\nexec {} \"$@\"\n", real.display());
     fs::write(&path, script).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     path
+}
+
+/// A monitor whose VM has a balloon.
+fn with_balloon(sandbox: &Sandbox) -> PathBuf {
+    changing(sandbox, "(\"balloon\": *)false", "\\1true")
 }
 
 #[test]
@@ -174,7 +179,9 @@ fn boot(sandbox: &Sandbox, script: &str) -> Booted {
     fs::write(&path, document.to_string()).unwrap();
     let monitor = programs().join("cofferdam-vmm");
     let ended = sandbox.program(monitor.to_str().unwrap(), ["--config", path.to_str().unwrap()]).end();
-    Booted { said: ended.succeeded().to_owned(), image, read_only, writable }
+    // Without an API, the guest's console is the monitor's standard error.
+    assert_eq!((ended.code(), ended.text()), (0, ""), "{}", ended.stderr);
+    Booted { said: ended.stderr, image, read_only, writable }
 }
 
 #[test]

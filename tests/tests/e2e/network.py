@@ -1,8 +1,8 @@
 #!/usr/bin/python3
 """A monitor that gives its VM a network device, and is then the real one.
 
-COFFERDAM_TEST_NETWORK is the device; with COFFERDAM_TEST_HANDED_DOWN=N, the tap that it names is opened here, N times, and
-handed down.
+The arguments are the device as JSON, a number, the real monitor, and the real monitor's arguments. With a number above zero
+the tap that the device names is opened here, so many times, and handed down.
 """
 
 import fcntl
@@ -24,16 +24,15 @@ def opened(name):
     return queue
 
 
-path = sys.argv[sys.argv.index("--config") + 1]
+network, handed_down, monitor, *arguments = sys.argv[1:]
+path = arguments[arguments.index("--config") + 1]
 with open(path) as file:
     config = json.load(file)
-network = json.loads(os.environ["COFFERDAM_TEST_NETWORK"])
-handed_down = int(os.environ["COFFERDAM_TEST_HANDED_DOWN"])
-if handed_down:
+network = json.loads(network)
+if int(handed_down):
     name = network["tap"]["name"]
-    network["tap"] = {"descriptors": [opened(name) for _ in range(handed_down)]}
+    network["tap"] = {"descriptors": [opened(name) for _ in range(int(handed_down))]}
 config["vm"]["networks"] = [network]
 with open(path, "w") as file:
     json.dump(config, file)
-monitor = os.environ["COFFERDAM_TEST_MONITOR"]
-os.execv(monitor, [monitor] + sys.argv[1:])
+os.execv(monitor, [monitor] + arguments)

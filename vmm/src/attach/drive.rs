@@ -1,39 +1,11 @@
-//! The files behind block devices and persistent memory.
+//! Block devices.
 
-use std::fs::File;
 use std::io;
-use std::path::PathBuf;
 
-use api::config::{DriveConfig, DriveFile};
+use api::config::DriveConfig;
 use devices::blk::{Options, QUEUES_MAX};
 
 use super::limits;
-
-use crate::inherited;
-use crate::machine::MachineError;
-
-/// Opens what is behind a device: `what` and `inherited` name it.
-///
-/// # Errors
-/// [`MachineError::Open`].
-pub(super) fn open(
-    what: &'static str,
-    inherited: &'static str,
-    file: &DriveFile,
-    read_only: bool,
-) -> Result<File, MachineError> {
-    match file {
-        DriveFile::Path(path) => {
-            let opened = File::options().read(true).write(!read_only).open(path);
-            opened.map_err(|source| MachineError::Open { what, path: path.clone(), source })
-        }
-        DriveFile::Descriptor(number) => {
-            let path = || PathBuf::from(format!("/proc/self/fd/{number}"));
-            let taken = inherited::take(*number);
-            Ok(taken.map_err(|source| MachineError::Open { what: inherited, path: path(), source })?.into())
-        }
-    }
-}
 
 /// What a drive's device is to be: one queue for each vCPU, as far as a disk has use for them.
 ///

@@ -11,7 +11,6 @@ use devices::GuestMemory;
 use devices::balloon::host::{HostBalloon, Statistics};
 use devices::mem::host::HostMem;
 
-use super::drive;
 use crate::layout::HUGE_PAGE;
 use crate::machine::MachineError;
 use crate::memory;
@@ -47,11 +46,11 @@ pub(crate) struct Persistent {
 }
 
 impl Arranged {
-    /// Arranges what the configuration asks for behind RAM.
+    /// Arranges what the configuration asks for behind RAM, with these files behind the persistent memory devices.
     ///
     /// # Errors
-    /// [`MachineError`] names the device, the file or the size.
-    pub fn new(config: &VmConfig, ram: &GuestMemory) -> Result<Self, MachineError> {
+    /// [`MachineError`] names the device or the size.
+    pub fn new(config: &VmConfig, ram: &GuestMemory, files: Vec<File>) -> Result<Self, MachineError> {
         let failed = |device| move |source| MachineError::Device { device, source };
         let balloon = config.balloon.then(HostBalloon::new).transpose().map_err(failed("balloon"))?;
         let (mut all, mut mem) = (ram.clone(), None);
@@ -62,8 +61,7 @@ impl Arranged {
             mem = Some((HostMem::new(size).map_err(failed("memory"))?, start));
         }
         let mut persistent = Vec::new();
-        for PmemConfig { file, read_only } in &config.pmem {
-            let file = drive::open("the persistent memory", "the inherited persistent memory", file, *read_only)?;
+        for (PmemConfig { read_only, .. }, file) in config.pmem.iter().zip(files) {
             let length = usable_length(&file, *read_only).map_err(failed("pmem"))?;
             let (more, range) = memory::map_behind(&all, &file, length, *read_only)?;
             all = more;

@@ -5,6 +5,7 @@ mod limits;
 pub(crate) mod memory;
 mod network;
 
+use std::fs::File;
 use std::sync::{Arc, Mutex};
 
 use api::config::VmConfig;
@@ -14,6 +15,7 @@ use devices::console::{Console, ConsoleOutput};
 use devices::device::VirtioDevice;
 use devices::mem::Mem;
 use devices::mmio::{MmioDevice, QUEUE_NOTIFY, WINDOW};
+use devices::net::tap::Tap;
 use devices::pmem::Pmem;
 use devices::rng::Rng;
 use devices::vsock::Vsock;
@@ -24,30 +26,40 @@ use self::memory::{Arranged, Persistent};
 use crate::layout::{VIRTIO, VIRTIO_IRQ};
 use crate::machine::{MachineError, kvm};
 
+/// What was opened for devices before the monitor entered its jail, each kind in the order of the configuration.
+pub(crate) struct Opened {
+    /// Behind the block devices.
+    pub drives: Vec<File>,
+    /// The queues of the taps behind the network devices.
+    pub taps: Vec<Vec<Tap>>,
+    /// The host's ports that the guest can connect to.
+    pub ports: HostPorts,
+}
+
 /// Makes the devices that the configuration asks for, in the order in which the guest finds them.
 ///
 /// # Errors
-/// [`MachineError`] names the device or the file.
+/// [`MachineError`] names the device.
 pub(crate) fn devices(
     config: &VmConfig,
     vm: &VmFd,
     memory: Arranged,
-    ports: HostPorts,
+    opened: Opened,
     console: &ConsoleOutput,
 ) -> Result<Vec<Arc<Mutex<MmioDevice>>>, MachineError> {
     let failed = |device| move |source| MachineError::Device { device, source };
+    let Opened { drives, taps, ports } = opened;
     let vsock =
         limits::limiter(config.vsock_limits).and_then(|limiter| Vsock::new(ports, limiter)).map_err(failed("vsock"))?;
     // Vsock first: the agent waits for it, and the kernel probes in this order.
     let mut devices: Vec<(&'static str, Box<dyn VirtioDevice>)> = vec![("vsock", Box::new(vsock))];
-    for (index, drive) in config.drives.iter().enumerate() {
-        let file = drive::open("the drive", "the inherited drive", &drive.file, drive.read_only)?;
+    for (index, (drive, file)) in config.drives.iter().zip(drives).enumerate() {
         let blk = drive::options(drive, index, config.vcpus).and_then(|options| Blk::new(file, options));
         let blk = blk.map_err(failed("block"))?;
         devices.push(("block", Box::new(blk)));
     }
-    for network in &config.networks {
-        devices.push(("network", Box::new(network::attach(network)?)));
+    for (network, taps) in config.networks.iter().zip(taps) {
+        devices.push(("network", Box::new(network::attach(network, taps).map_err(failed("network"))?)));
     }
     let limiter = limits::limiter(config.entropy_limits).map_err(failed("entropy"))?;
     devices.push(("entropy", Box::new(Rng::new(limiter))));

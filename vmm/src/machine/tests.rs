@@ -26,7 +26,8 @@ fn run(read_only: bool) -> (u64, u64, Vec<u64>, u64) {
     let config = api::config::LaunchConfig::parse(config.as_bytes()).unwrap().vm;
 
     let ram = memory::reserve(config.memory_mib).unwrap();
-    let memory = Arranged::new(&config, &ram).unwrap();
+    let backing = if read_only { File::open(file.path()) } else { file.reopen() };
+    let memory = Arranged::new(&config, &ram, vec![backing.unwrap()]).unwrap();
     let kvm = Kvm::new().unwrap();
     let vm = kvm.create_vm().unwrap();
     add_memory(&vm, &memory).unwrap();

@@ -1,0 +1,97 @@
+//! A monitor that was taken over: enters the jail as a monitor does, and tries to get out of it. For the tests in
+//! `jailer/tests/`; no program that is shipped can do this.
+//!
+//! `inmate start FOLDER FILTER ATTEMPT ARGUMENT…` has one born, as whoever calls it, and tells how it ended; the one that is
+//! born gets the same words. It ends with 0 when an attempt was fruitful, and with [`REFUSED`] when it was not.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::AsFd as _;
+use std::path::Path;
+use std::process::ExitCode;
+
+use jailer::cgroup::{Bounds, Group, Plan};
+use jailer::{Birth, Jail, Limits, Place, Thread};
+use rustix::process::{WaitId, WaitIdOptions, waitid};
+
+mod attempts;
+
+/// The exit code of who tried and failed.
+const REFUSED: u8 = 10;
+/// The size of the VM that it would have.
+const VCPUS: u8 = 1;
+const MEMORY_MIB: u32 = 64;
+
+fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let result = match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["start", ..] => start(&words[1..]),
+        [jailer::birth::BORN, folder, filter, attempt, ref more @ ..] => inmate(folder, filter, attempt, more),
+        _ => Err("usage: inmate start FOLDER FILTER ATTEMPT ARGUMENT…".into()),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("inmate: {error}");
+        ExitCode::from(99)
+    })
+}
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+/// Has an inmate born and waits for its end, as a front end does. `$INMATE_GROUP` names a cgroup for it, in which
+/// `$INMATE_THREADS` are allowed, and `$INMATE_NETWORK` a network namespace.
+fn start(words: &[String]) -> Result<ExitCode> {
+    let program = std::env::current_exe()?;
+    let arguments: Vec<&OsStr> = words.iter().map(OsStr::new).collect();
+    let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
+    let (mut group, mut folders) = (Group::default(), Vec::new());
+    if let Ok(name) = std::env::var("INMATE_GROUP") {
+        let threads = std::env::var("INMATE_THREADS").ok().map(|threads| threads.parse()).transpose()?;
+        let plan = Plan::new(&name)?;
+        folders = plan.folders();
+        group = plan.make(&Bounds { threads, ..Bounds::new(VCPUS, MEMORY_MIB) })?;
+    }
+    let network = std::env::var_os("INMATE_NETWORK");
+    let birth = Birth {
+        program: &program,
+        arguments: &arguments,
+        streams: [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()],
+        descriptors: &[],
+        mask: None,
+        jail: Some(Place { network: network.as_deref().map(Path::new), cgroup: Some(&group) }),
+    };
+    let born = birth.start()?;
+    let status = waitid(WaitId::PidFd(born.process.as_fd()), WaitIdOptions::EXITED)?.ok_or("it has no status")?;
+    jailer::cgroup::remove(&folders)?;
+    Ok(match (status.exit_status(), status.terminating_signal()) {
+        (Some(code), _) => ExitCode::from(u8::try_from(code)?),
+        (None, Some(signal)) => ExitCode::from(128 + u8::try_from(signal)?),
+        (None, None) => return Err("it neither ended nor was killed".into()),
+    })
+}
+
+/// Enters the jail by the monitor's own way and tries one thing.
+fn inmate(folder: &str, filter: &str, attempt: &str, more: &[&str]) -> Result<ExitCode> {
+    let jail = Jail {
+        folder: Some(Path::new(folder)),
+        user: jailer::identity::user(folder),
+        limits: Limits::new(VCPUS, MEMORY_MIB, 0),
+        tied: filter == "tied",
+    };
+    let folder = jail.enter()?.ok_or("there is no folder")?;
+    let pair = io::pipe()?;
+    match filter {
+        "none" | "tied" => {}
+        "event_loop" => jailer::thread(Thread::EventLoop)?,
+        "vcpu" => jailer::thread(Thread::Vcpu)?,
+        "api" => jailer::thread(Thread::Api)?,
+        _ => return Err("the filter is none, tied, event_loop, vcpu or api".into()),
+    }
+    // What is told is told in one call that every filter allows.
+    let (code, told) = match attempts::attempt(&folder, pair, attempt, more) {
+        Ok(told) => (0, told),
+        Err(error) => (REFUSED.into(), error.to_string()),
+    };
+    rustix::io::write(io::stderr(), format!("{told}\n").as_bytes())?;
+    // Not by returning from main, which does more than a filter allows.
+    std::process::exit(code)
+}

@@ -1,0 +1,32 @@
+//! The system call filter of each kind of thread, compiled from `resources/seccomp/monitor.json` while this is built.
+
+use seccompiler::{apply_filter, sock_filter};
+
+use crate::error::JailError;
+
+include!(concat!(env!("OUT_DIR"), "/monitor.rs"));
+
+/// The kinds of thread in a monitor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Thread {
+    /// Runs the event loop and all devices.
+    EventLoop,
+    /// Runs guest code.
+    Vcpu,
+    /// Serves the API, talks to the agent and moves the container's streams.
+    Api,
+}
+
+/// Restricts the calling thread. After it has what it needs: only the API's can open anything any more, in the folder that it
+/// was given for the container's log and the record of its end.
+///
+/// # Errors
+/// [`JailError::Filter`].
+pub fn thread(kind: Thread) -> Result<(), JailError> {
+    let filter = match kind {
+        Thread::EventLoop => EVENT_LOOP,
+        Thread::Vcpu => VCPU,
+        Thread::Api => API,
+    };
+    apply_filter(filter).map_err(|source| JailError::Filter { kind, source })
+}

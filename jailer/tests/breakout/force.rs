@@ -1,0 +1,114 @@
+//! What is in force is what the kernel tells.
+
+use std::fs;
+use std::process::Command;
+
+use jailer::readback::{self, InForce};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{PidfdFlags, Resource, getrlimit};
+
+use super::{CALLERS, Caller, FILTERS, Host, SOMEBODY, Waiting};
+
+fn look(caller: Caller, filter: &str) -> (Host, InForce) {
+    let host = Host::new(caller);
+    let waiting = Waiting::new(host.command(filter, &["wait"]));
+    let told = readback::read(waiting.pid).unwrap();
+    (host, told)
+}
+
+#[test]
+fn a_jail_is_told_as_the_kernel_has_it() {
+    for caller in CALLERS {
+        let (host, told) = look(caller, "none");
+        let user = match caller {
+            Caller::Root => jailer::identity::user(host.path("own").to_str().unwrap()),
+            Caller::Somebody => SOMEBODY,
+        };
+        assert_eq!((told.uid, told.gid), (vec![user; 4], vec![user; 4]), "{caller:?}");
+        assert!(told.groups.is_empty(), "{:?}", told.groups);
+        for name in ["ipc", "mnt", "net", "pid", "user", "uts"] {
+            assert!(told.namespaces[name].own, "{caller:?} {name}");
+        }
+        assert_eq!(told.uid_map.len(), 1);
+        assert!(told.uid_map[0].ends_with(" 1"), "{:?}", told.uid_map);
+        assert_eq!(told.capabilities.len(), 5);
+        assert!(told.capabilities.values().all(|set| set == "0000000000000000"), "{:?}", told.capabilities);
+        assert!(told.no_new_privs);
+        assert_eq!(told.environment_bytes, Some(0));
+        assert_eq!(told.mounts.len(), 1, "{:?}", told.mounts);
+        let root = &told.mounts[0];
+        assert_eq!((&*root.path, &*root.file_system), ("/", "tmpfs"));
+        assert!(["ro", "nosuid", "nodev", "noexec"].iter().all(|one| root.options.iter().any(|has| has == one)));
+        // A caller that may have fewer has no more in his jail.
+        let files = getrlimit(Resource::Nofile).maximum.map_or(16384, |most| most.min(16384)).to_string();
+        for (limit, most) in [("core_file_size", "0"), ("open_files", &*files), ("processes", "17")] {
+            assert_eq!(told.limits[limit], [most, most], "{limit}");
+        }
+        assert_eq!(told.threads.len(), 1);
+        assert_eq!((told.threads[0].system_calls, told.threads[0].filters), ("free", 0));
+    }
+}
+
+#[test]
+fn a_filter_is_told_of_its_thread() {
+    for filter in FILTERS {
+        let (_host, told) = look(Caller::Root, filter);
+        assert_eq!((told.threads[0].system_calls, told.threads[0].filters), ("filtered", 1), "{filter}");
+    }
+}
+
+#[test]
+fn the_limits_of_a_cgroup_are_told() {
+    let host = Host::new(Caller::Root);
+    let name = format!("force-{}", std::process::id());
+    let mut command = host.command("none", &["wait"]);
+    command.env("INMATE_GROUP", &name).env("INMATE_THREADS", "9");
+    let told = readback::read(Waiting::new(command).pid).unwrap();
+    let own: Vec<_> = told.cgroups.iter().filter(|group| group.own).collect();
+    assert!(own.iter().all(|group| group.path.ends_with(format!("cofferdam/{name}"))), "{own:?}");
+    let limit = |names: [&str; 2]| {
+        let told = own.iter().flat_map(|group| &group.limits);
+        told.filter(|(name, _)| names.contains(name)).map(|(_, value)| value.clone()).next().unwrap()
+    };
+    assert_eq!(limit(["pids.max", "pids.max"]), "9");
+    let memory: u64 = limit(["memory.max", "memory.limit_in_bytes"]).parse().unwrap();
+    assert_eq!(memory, (64 + 1 + 128) << 20);
+    assert!(limit(["cpu.max", "cpu.cfs_quota_us"]).starts_with("200000"));
+}
+
+#[test]
+fn a_network_namespace_can_be_named_by_who_owns_it() {
+    let mut other = Command::new("unshare").args(["--net", "sleep", "600"]).spawn().unwrap();
+    let path = format!("/proc/{}/ns/net", other.id());
+    let id = || fs::read_link(&path).unwrap();
+    let ours = fs::read_link("/proc/self/ns/net").unwrap();
+    while id() == ours {
+        std::thread::yield_now();
+    }
+    let theirs = id();
+    let host = Host::new(Caller::Root);
+    let mut command = host.command("none", &["wait"]);
+    command.env("INMATE_NETWORK", &path);
+    let told = readback::read(Waiting::new(command).pid).unwrap();
+    assert_eq!(theirs.to_str(), Some(&*format!("net:[{}]", told.namespaces["net"].id)));
+    // Who has no right to it is refused, and gets no other one instead.
+    let host = Host::new(Caller::Somebody);
+    let output = host.command("none", &["work"]).env("INMATE_NETWORK", &path).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(99) && said.contains("enter the network namespace"), "{said}");
+    other.kill().unwrap();
+    other.wait().unwrap();
+}
+
+#[test]
+fn one_that_is_tied_to_its_starter_ends_with_it() {
+    for caller in CALLERS {
+        let host = Host::new(caller);
+        let mut waiting = Waiting::new(host.command("tied", &["wait"]));
+        let process = rustix::process::pidfd_open(waiting.pid, PidfdFlags::empty()).unwrap();
+        waiting.starter.kill().unwrap();
+        let mut ended = [PollFd::new(&process, PollFlags::IN)];
+        let patience = Timespec { tv_sec: 60, tv_nsec: 0 };
+        assert_eq!(poll(&mut ended, Some(&patience)).unwrap(), 1, "{caller:?}: it lives on");
+    }
+}
