@@ -19,8 +19,8 @@ use serde_json::{Value, json};
 use tests::process::{Ended, Invocation};
 use tests::sandbox::{Sandbox, programs};
 
-/// What a test moves, in bytes: some hundred times what a socket buffers.
-const LENGTH: usize = 16 << 20;
+/// What a test moves, in bytes: many times what a socket buffers.
+const LENGTH: usize = 4 << 20;
 /// How long the host waits for it once the guest has ended.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The longest frame that is not cut later by somebody else.
