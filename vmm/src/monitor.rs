@@ -87,6 +87,8 @@ impl Ender {
 
 /// What a monitor has in its jail.
 pub struct Inside {
+    /// The id of this process outside.
+    pub pid: u32,
     /// What the VM is made of.
     pub resources: Resources,
     /// Where the container's log and the record of its end go.
@@ -99,6 +101,9 @@ pub struct Inside {
 /// [`MonitorError`]; the process may be half confined then and has to end.
 pub fn enter(config: &LaunchConfig, tied: Option<OwnedFd>) -> Result<Inside, MonitorError> {
     let vm = &config.vm;
+    // The file system's word is that of whoever has mounted it, outside of this process's namespace.
+    let pid = std::fs::read_link("/proc/self").ok().and_then(|link| link.to_str()?.parse().ok());
+    let pid = pid.unwrap_or_else(std::process::id);
     let resources = Resources::open(vm)?;
     let id = config.container.as_ref().map(|container| container.spec.id.clone());
     let id = id.or_else(|| Some(config.folder.as_ref()?.display().to_string())).unwrap_or_default();
@@ -115,7 +120,7 @@ pub fn enter(config: &LaunchConfig, tied: Option<OwnedFd>) -> Result<Inside, Mon
     {
         return Err(system("go on without the process that started it")(io::ErrorKind::BrokenPipe.into()));
     }
-    Ok(Inside { resources, folder })
+    Ok(Inside { pid, resources, folder })
 }
 
 /// Runs a VM to its end, and serves its API at `listener`.
@@ -128,7 +133,7 @@ pub fn run(
     listener: Option<UnixListener>,
     started: u64,
 ) -> Result<Outcome, MonitorError> {
-    let Inside { resources, folder } = inside;
+    let Inside { pid, resources, folder } = inside;
     let ports = resources.ports.clone();
     let served = config.container.is_some() || listener.is_some();
     let mut machine = machine::build(&config.vm, resources, !served)?;
@@ -151,7 +156,7 @@ pub fn run(
             device.lock().unwrap_or_else(PoisonError::into_inner).kind()
         };
         let kinds = bus.devices.iter().map(kind).collect();
-        let handle = Handle { bus, kinds, console, memory, ports: ports.clone(), vcpus: Arc::clone(&vcpus) };
+        let handle = Handle { pid, bus, kinds, console, memory, ports: ports.clone(), vcpus: Arc::clone(&vcpus) };
         let LaunchConfig { vm, container, .. } = config;
         let machine: Arc<dyn server::Machine> = Arc::new(handle);
         let setup = Setup { config: vm, container, listener, folder, machine, agent, boot, guest_ended };
@@ -286,6 +291,7 @@ pub(crate) fn confine(kind: jailer::Thread) {
 
 /// The machine as the API knows it.
 struct Handle {
+    pid: u32,
     bus: Bus,
     kinds: Vec<&'static str>,
     console: devices::console::ConsoleOutput,
@@ -295,6 +301,10 @@ struct Handle {
 }
 
 impl server::Machine for Handle {
+    fn pid(&self) -> u32 {
+        self.pid
+    }
+
     fn pause(&self) {
         self.vcpus.pause();
     }

@@ -83,7 +83,7 @@ fn shown(context: &Context) -> Vm {
     let state = context.vm.state();
     Vm {
         state: state.vm,
-        pid: std::process::id(),
+        pid: context.machine.pid(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         kernel: config.kernel.display().to_string(),
         vcpus: state.vcpus.unwrap_or(config.vcpus),

@@ -60,6 +60,9 @@ const FIRST_PORT: u32 = protocol::CONTROL_PORT + 1;
 
 /// What the server needs of the monitor that it is part of.
 pub trait Machine: Send + Sync {
+    /// The id of this process as others know it: its own is that of its namespace.
+    fn pid(&self) -> u32;
+
     /// Stops all vCPUs where they are.
     fn pause(&self);
     /// Lets all vCPUs go on.
