@@ -13,7 +13,7 @@ use devices::vsock::ports::HostPorts;
 use kvm_ioctls::Kvm;
 use thiserror::Error;
 
-use crate::inherited;
+use crate::{attach, inherited};
 
 /// What could not be opened.
 #[derive(Debug, Error)]
@@ -105,7 +105,11 @@ impl Resources {
     /// # Errors
     /// [`ResourceError`] names a file.
     pub fn mapped_mib(&self, config: &VmConfig) -> Result<u32, ResourceError> {
-        let lengths = config.pmem.iter().zip(&self.pmem).map(|(pmem, file)| length(&pmem.file, file));
+        let lengths = config
+            .pmem
+            .iter()
+            .zip(&self.pmem)
+            .map(|(pmem, file)| attach::memory::length(file).map_err(|source| unknown_length(&pmem.file, source)));
         let bytes = lengths.sum::<Result<u64, _>>()?;
         let mib = u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX);
         Ok(config.most_memory_mib().saturating_add(mib))
@@ -119,16 +123,18 @@ impl Resources {
         let drives = config.drives.iter().map(|drive| (&drive.file, drive.read_only)).zip(&self.drives);
         let pmem = config.pmem.iter().map(|pmem| (&pmem.file, pmem.read_only)).zip(&self.pmem);
         let mut written = drives.chain(pmem).filter(|((_, read_only), _)| !read_only);
-        written.try_fold(0, |largest, ((backing, _), file)| Ok(largest.max(length(backing, file)?)))
+        written.try_fold(0, |largest, ((backing, _), file)| {
+            Ok(largest.max(file.metadata().map_err(|source| unknown_length(backing, source))?.len()))
+        })
     }
 }
 
-fn length(backing: &DriveFile, file: &File) -> Result<u64, ResourceError> {
+fn unknown_length(backing: &DriveFile, source: io::Error) -> ResourceError {
     let path = match backing {
         DriveFile::Path(path) => path.clone(),
         DriveFile::Descriptor(number) => inherited_path(*number),
     };
-    Ok(file.metadata().map_err(|source| ResourceError::Open { what: "the file", path, source })?.len())
+    ResourceError::Open { what: "the file", path, source }
 }
 
 /// What the initial RAM file system is called.

@@ -350,9 +350,7 @@ impl VmConfig {
         }
         Ok(())
     }
-}
 
-impl VmConfig {
     /// The most memory that it can have, in MiB.
     pub fn most_memory_mib(&self) -> u32 {
         self.memory_max_mib.unwrap_or(self.memory_mib)

@@ -76,10 +76,14 @@ impl Arranged {
     }
 }
 
+/// The length of what is behind a device. Seeking gives that of block devices too, where metadata says zero.
+pub(crate) fn length(mut file: &File) -> io::Result<u64> {
+    file.seek(SeekFrom::End(0))
+}
+
 /// The length of a file that is to be memory.
-fn usable_length(mut file: &File, read_only: bool) -> io::Result<u64> {
-    // Seeking gives the length of block devices too, where metadata says zero.
-    let length = file.seek(SeekFrom::End(0))?;
+fn usable_length(file: &File, read_only: bool) -> io::Result<u64> {
+    let length = length(file)?;
     if length == 0 {
         return Err(io::Error::other("the file is empty"));
     }
