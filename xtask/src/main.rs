@@ -8,6 +8,7 @@ mod command;
 mod cpio;
 mod debian;
 mod demo;
+mod e2e;
 mod images;
 mod kernel;
 mod lab;
@@ -98,7 +99,7 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Build => build::build()?,
         Task::Demo => return demo::demo(),
         Task::Test { filters } => return test::test(&filters),
-        Task::E2e { filters } => return test::e2e(&filters),
+        Task::E2e { filters } => return e2e::e2e(&filters),
         Task::Check => test::check()?,
         Task::Bench(args) => return bench::bench(args),
         Task::BenchMeasure(args) => bench::measure(&args)?,
