@@ -13,10 +13,11 @@ const FILTERS: [&str; 2] = ["allowed", "absent"];
 const UNKNOWN: Unknown = Unknown { first: LAST + 1, action: 0x0005_0000 | 38 };
 
 fn main() -> anyhow::Result<()> {
-    let profile = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/seccomp/container-default.json");
+    // From this package's folder, in which build scripts run: wherever the tree is.
+    let profile = Path::new("../resources/seccomp/container-default.json");
     println!("cargo::rerun-if-changed={}", profile.display());
     println!("cargo::rerun-if-changed=build.rs");
-    let mut compiled = filter::compile(&profile)?;
+    let mut compiled = filter::compile(profile)?;
     let filters = FILTERS.into_iter().map(|name| compiled.take(name)).collect::<Result<Vec<_>, FilterError>>()?;
     let program = filter::search(&filters, Some(UNKNOWN))?;
     Ok(filter::write("container_default.rs", &filter::source(&program))?)

@@ -6,11 +6,12 @@ use std::path::Path;
 use std::slice;
 
 fn main() -> anyhow::Result<()> {
-    let policy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/seccomp/monitor.json");
+    // From this package's folder, in which build scripts run: wherever the tree is.
+    let policy = Path::new("../resources/seccomp/monitor.json");
     println!("cargo::rerun-if-changed={}", policy.display());
     println!("cargo::rerun-if-changed=build.rs");
     let mut source = String::new();
-    for (name, linear) in filter::compile(&policy)? {
+    for (name, linear) in filter::compile(policy)? {
         let program = filter::source(&filter::search(slice::from_ref(&linear), None)?);
         writeln!(source, "static {}: &[sock_filter] = &{};", name.to_uppercase(), program.trim_end())?;
     }

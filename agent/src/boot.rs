@@ -63,6 +63,8 @@ pub fn prepare() -> Result<(), BootError> {
     }
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let initramfs = fs::open("/", flags, Mode::empty()).step("open the initramfs")?;
+    // The agent's own program is there, and what is executed in a container can name it (`/proc/self/exe`).
+    sys::set_mount_attributes(&initramfs, libc::MOUNT_ATTR_RDONLY, false).step("close the initramfs for writing")?;
     filesystem::attach(&root, &initramfs).step("mount the agent's root")?;
     fchdir(&root).step("enter the agent's root")?;
     chroot(".").step("change to the agent's root")?;

@@ -109,6 +109,14 @@ pub struct Landlock {
     pub supported: bool,
 }
 
+impl Landlock {
+    /// What a monitor that is started now would have.
+    #[must_use]
+    pub fn of_this_kernel() -> Self {
+        Self { supported: crate::landlock::is_supported() }
+    }
+}
+
 /// Reads the jail of a process back.
 ///
 /// # Errors
@@ -135,7 +143,7 @@ pub fn read(pid: Pid) -> Result<InForce, JailError> {
         environment_bytes: fs::read(process.join("environ")).ok().map(|environment| environment.len()),
         limits: lines(&process.join("limits"), limit).into_iter().collect(),
         cgroups: groups(&process)?,
-        landlock: Landlock { supported: crate::landlock::is_supported() },
+        landlock: Landlock::of_this_kernel(),
     })
 }
 

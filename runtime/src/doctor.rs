@@ -4,10 +4,12 @@
 //! instruction, a thousand times too slowly, and without instructions that every kernel executes. So the monitor times
 //! a loop in ring 0 of a tiny VM (`cofferdam-vmm --probe`), in a process of its own that is ended when it takes long.
 
+mod jail;
+
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{self, Read as _};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
@@ -27,7 +29,7 @@ const KVM: &str = "/dev/kvm";
 /// hardware hundreds even at the lowest clock; one inside QEMU's emulation of a virtualizing CPU about 200.
 const MIPS_MIN: f64 = 50.0;
 
-/// How long the probe may take. On a working host it takes milliseconds.
+/// How long the probe, and entering a jail, may take. On a working host it takes milliseconds.
 const PROBE_PATIENCE: Timespec = Timespec { tv_sec: 2, tv_nsec: 0 };
 
 /// Free space below which pulling images will soon fail.
@@ -79,13 +81,15 @@ fn failure(finding: impl Into<String>, remedy: impl Into<String>) -> Report {
 }
 
 /// The checks, in the order in which they are made and shown.
-const CHECKS: [NamedCheck; 8] = [
+const CHECKS: [NamedCheck; 10] = [
     ("kvm", kvm),
     ("cpu", cpu),
     ("memory", memory),
     ("kernel", kernel),
     ("initramfs", initramfs),
     ("store", store),
+    ("userns", jail::namespaces),
+    ("landlock", jail::landlock),
     ("cgroup", cgroup),
     ("tun", tun),
 ];
@@ -179,7 +183,7 @@ fn probe(monitor: &Path) -> Result<Probe, String> {
     let mut command = Command::new(monitor);
     command.arg("--probe").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().map_err(said)?;
-    let ended = ends(&child);
+    let ended = watch(&child).and_then(|process| ends(&process));
     if !matches!(ended, Ok(true)) {
         // It may have ended in between; either way it is waited for below.
         _ = child.kill();
@@ -197,10 +201,13 @@ fn probe(monitor: &Path) -> Result<Probe, String> {
     }
 }
 
-/// Whether a process ends in time. Its output is a line, which the pipe holds.
-fn ends(child: &Child) -> io::Result<bool> {
+fn watch(child: &Child) -> io::Result<OwnedFd> {
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidData)?;
-    let process = pidfd_open(pid, PidfdFlags::empty())?;
+    Ok(pidfd_open(pid, PidfdFlags::empty())?)
+}
+
+/// Whether a process ends in time. Its output is a line, which the pipe holds.
+fn ends(process: &OwnedFd) -> io::Result<bool> {
     let mut waits = [PollFd::from_borrowed_fd(process.as_fd(), PollFlags::IN)];
     Ok(rustix::io::retry_on_intr(|| poll(&mut waits, Some(&PROBE_PATIENCE)))? > 0)
 }

@@ -3,6 +3,7 @@
 //! ```text
 //! cofferdam-vmm --config FILE [--api-fd N] [--lock-fd N]
 //! cofferdam-vmm --probe
+//! cofferdam-vmm --born --jail
 //! ```
 //!
 //! The process that is started like this is above the monitor, which it has born in its jail and waits for ([`restart`]). A
@@ -43,6 +44,7 @@ struct Arguments {
 enum Command {
     Run(Arguments),
     Probe,
+    Jail,
     Version,
 }
 
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
         Ok(Command::Run(arguments)) if arguments.born => run(arguments, started),
         Ok(Command::Run(arguments)) => above(&arguments),
         Ok(Command::Probe) => probe(),
+        Ok(Command::Jail) => jail(),
         Ok(Command::Version) => {
             println!("cofferdam-vmm {}", env!("CARGO_PKG_VERSION"));
             Ok(0)
@@ -83,6 +86,7 @@ fn parse(mut words: impl Iterator<Item = OsString>) -> Result<Command> {
         };
         match word.to_str() {
             Some("--probe") => return Ok(Command::Probe),
+            Some("--jail") => return Ok(Command::Jail),
             Some("--version") => return Ok(Command::Version),
             Some(BORN) => arguments.born = true,
             Some("--config") => arguments.config = Some(PathBuf::from(value()?)),
@@ -158,6 +162,13 @@ fn take(number: i32) -> Result<OwnedFd> {
 fn probe() -> Result<u8> {
     let probe = vmm::probe::probe()?;
     println!("{}", serde_json::to_string(&probe)?);
+    Ok(0)
+}
+
+/// Enters a jail that holds nothing, for `cofferdam doctor` to see whether that can be done. The process was born for it.
+fn jail() -> Result<u8> {
+    let (user, limits) = (jailer::identity::user("doctor"), jailer::Limits::new(1, 0, 0));
+    jailer::Jail { folder: None, user, limits, tied: false }.enter()?;
     Ok(0)
 }
 

@@ -189,6 +189,7 @@ fn serve(setup: Setup, guest_end: Arc<Mutex<Option<GuestEnd>>>, ender: Ender) ->
     let thread = thread::Builder::new().name("api".into());
     let folder = setup.folder.clone();
     let serve = move || {
+        settle_allocator();
         confine(jailer::Thread::Api);
         let outcome = server::run(setup, explain);
         if let (Err(error), Some(folder)) = (&outcome, folder) {
@@ -198,6 +199,15 @@ fn serve(setup: Setup, guest_end: Arc<Mutex<Option<GuestEnd>>>, ender: Ender) ->
         ender.end(End::Api(outcome));
     };
     thread.spawn(serve).map(drop).map_err(system("start the API's thread"))
+}
+
+/// Has the C library find out how the memory of this thread is given back, which it does once, when there is much of it: it
+/// opens a file for that (`check_may_shrink_heap` of glibc's malloc). Whichever thread frees what this one has allocated may
+/// come to do it, and the others' filters let them open nothing.
+fn settle_allocator() {
+    // Each is small enough to be a part of the heap, and together they are more than the C library keeps (M_TRIM_THRESHOLD).
+    let pieces: Vec<Vec<u8>> = (0..4).map(|_| Vec::with_capacity(100 << 10)).collect();
+    drop(std::hint::black_box(pieces));
 }
 
 /// Runs the event loop and the guest until one of them, or the API, has ended.

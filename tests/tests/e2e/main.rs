@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+mod abuse;
 mod api;
 mod bad_input;
 mod copy;
@@ -13,6 +14,7 @@ mod faults;
 mod hostile;
 mod images;
 mod jail;
+mod known_holes;
 mod life;
 mod limits;
 mod memory;
