@@ -384,7 +384,7 @@ mod tests {
             Box::new(Rng::default()),
             Box::new(Blk::new(disk, Options { queues: 2, ..Options::default() }).unwrap()),
             Box::new(Console::new(ConsoleOutput::default(), None)),
-            Box::new(Vsock::new(HostPorts::default(), None).unwrap()),
+            Box::new(Vsock::new(HostPorts::default(), None, None).unwrap()),
             Box::new(crate::net::peer::device()),
             Box::new(Balloon::new(HostBalloon::new().unwrap())),
             Box::new(Mem::new(HostMem::new(2 << 20).unwrap(), 2 << 20)),

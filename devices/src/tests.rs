@@ -3,11 +3,15 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::Write as _;
-use std::os::unix::net::UnixStream;
+use std::io::{IoSlice, PipeWriter, Write as _};
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd as _;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MQ};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -88,6 +92,31 @@ fn devices_do_nothing_that_is_not_allowed_to_the_event_loop() {
     }
 }
 
+/// The register that resets a device is written by a vCPU's thread.
+#[test]
+fn connections_are_let_go_of_with_what_is_allowed_to_a_vcpu() {
+    if std::env::var_os(CONFINED).is_none() {
+        let test = "tests::connections_are_let_go_of_with_what_is_allowed_to_a_vcpu";
+        let program = std::env::current_exe().unwrap();
+        let output = Command::new(&program).args(["--exact", test]).env(CONFINED, "1").output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(CONFINED_CODE), "{} {text}", output.status);
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    let vsock = Vsock::new(HostPorts::default(), Some(UnixListener::bind(&path).unwrap()), None).unwrap();
+    let mut driver = Driver::new(Box::new(vsock)).start();
+    let caller = call(&path, "CONNECT 7\n", None);
+    driver.device.dispatch(Event::Backend(0));
+    caller.set_nonblocking(true).unwrap();
+    jailer::thread(jailer::Thread::Vcpu).unwrap();
+    driver.write(0x70, 0);
+    // What the caller was connected with is closed.
+    assert_eq!(rustix::io::read(&caller, &mut [0]), Ok(0));
+    std::process::exit(CONFINED_CODE);
+}
+
 #[test]
 fn every_figure_of_the_entropy_device_counts() {
     let idle = idle_figures(Box::new(Rng::new(limiter())), 0, |driver| {
@@ -114,10 +143,17 @@ fn every_figure_of_the_console_counts() {
 #[test]
 fn every_figure_of_the_socket_device_counts() {
     let ports = HostPorts::default();
-    let vsock = Vsock::new(ports.clone(), limiter()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    let vsock = Vsock::new(ports.clone(), Some(UnixListener::bind(&path).unwrap()), limiter()).unwrap();
     let (mut host, offered) = UnixStream::pair().unwrap();
     ports.offer(1024, offered);
     host.write_all(b"hello").unwrap();
+    let (_reader, writer) = std::io::pipe().unwrap();
+    let _callers: Vec<_> = [("CONNECT 7\n", None), ("OFFER 9\n", Some(&writer)), ("?\n", None)]
+        .into_iter()
+        .map(|(words, descriptor)| call(&path, words, descriptor))
+        .collect();
     let idle = idle_figures(Box::new(vsock), 1, |driver| {
         let header = |driver: &Driver, at: u64, port: u32, length: u32, op: u16| {
             let memory = &driver.memory;
@@ -126,18 +162,33 @@ fn every_figure_of_the_socket_device_counts() {
             memory.write_obj([1u16, op], GuestAddress(BUFFERS + at + 28)).unwrap();
             memory.write_obj([0u32, 4096, 0], GuestAddress(BUFFERS + at + 32)).unwrap();
         };
-        // A connection with data on it, and one that nobody takes.
-        for (at, port, length, op) in [(0, 1024, 0, 1), (64, 1024, 3, 5), (128, 9, 0, 1)] {
+        // A connection with data on it, one that nobody takes, one to a pipe, and the answer to one that the host asks for.
+        for (at, port, length, op) in
+            [(0, 1024, 0, 1), (64, 1024, 3, 5), (128, 8, 0, 1), (192, 9, 0, 1), (256, 1 << 30, 0, 2)]
+        {
             header(driver, at, port, length, op);
             driver.offer(1, &[data(at, 44 + length)]);
+            driver.offer(0, &[room((port as u64 % 7 + 1) * 4096, 4096)]);
+            driver.device.dispatch(Event::Queue(1));
+            driver.device.dispatch(Event::Backend(0));
+            driver.device.dispatch(Event::Backend(1));
         }
-        for at in 1..5 {
-            driver.offer(0, &[room(at * 4096, 4096)]);
-        }
-        driver.device.dispatch(Event::Queue(1));
         driver.device.flush();
     });
     assert_eq!(idle, BTreeSet::new());
+}
+
+/// Comes to a VM's socket and says something.
+fn call(path: &Path, words: &str, descriptor: Option<&PipeWriter>) -> UnixStream {
+    let caller = UnixStream::connect(path).unwrap();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let descriptors: Vec<_> = descriptor.iter().map(|writer| writer.as_fd()).collect();
+    if !descriptors.is_empty() {
+        assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
+    }
+    sendmsg(&caller, &[IoSlice::new(words.as_bytes())], &mut control, SendFlags::empty()).unwrap();
+    caller
 }
 
 fn disk() -> File {

@@ -99,6 +99,7 @@ pub fn vm((vcpus, memory_mib): (u8, u32), kernel: PathBuf, initramfs: PathBuf, i
         // Each device is probed while the guest boots, and a page that is given back faults when it is wanted again.
         balloon: false,
         vsock: Vec::new(),
+        vsock_socket: None,
         vsock_limits: None,
         entropy_limits: None,
         console_limits: None,

@@ -6,7 +6,7 @@
 //! - [`populate`]: the guest memory that every boot writes to, made present meanwhile.
 //! - [`boot`]: the kernel image, the zero page, the MP table and the first registers.
 //! - [`cpuid`]: what the guest's CPUs say they are.
-//! - [`resources`]: what a VM is made of, opened before the jail is entered.
+//! - [`resources`] and `sockets`: what a VM is made of, opened before the jail is entered.
 //! - [`machine`]: the VM in phases: memory, devices, vCPUs.
 //! - `attach`: from the configuration to devices that are connected with the VM.
 //! - [`inherited`]: descriptors that the front end left open.
@@ -33,4 +33,5 @@ pub mod populate;
 pub mod probe;
 pub mod resources;
 pub mod restart;
+mod sockets;
 pub mod vcpu;

@@ -107,7 +107,7 @@ pub struct Machine {
 /// # Errors
 /// [`MachineError`] names the step, the file or the number.
 pub fn build(config: &VmConfig, resources: Resources, echo_console: bool) -> Result<Machine, MachineError> {
-    let Resources { kvm: kvm_device, kernel, initramfs, drives, pmem, taps, ports } = resources;
+    let Resources { kvm: kvm_device, kernel, initramfs, drives, pmem, taps, ports, socket } = resources;
     let guest = memory::reserve(config.memory_mib)?;
     let kernel =
         kernel::load(&guest, &kernel).map_err(|source| MachineError::Kernel { path: config.kernel.clone(), source })?;
@@ -126,7 +126,7 @@ pub fn build(config: &VmConfig, resources: Resources, echo_console: bool) -> Res
     vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
 
     let console = ConsoleOutput::new(echo_console);
-    let devices = attach::devices(config, &vm, memory, Opened { drives, taps, ports }, &console)?;
+    let devices = attach::devices(config, &vm, memory, Opened { drives, taps, ports, socket }, &console)?;
     let serial = config.serial.then(|| Arc::new(Mutex::new(Serial::new(console.clone()))));
     describe(config, &guest, devices.len(), initramfs)?;
     let vcpus = add_vcpus(&kvm_device, &vm, &guest, config.vcpus, kernel.entry)?;

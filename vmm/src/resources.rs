@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use api::config::{DriveFile, NetworkConfig, TapConfig, VmConfig};
@@ -13,7 +13,7 @@ use devices::vsock::ports::HostPorts;
 use kvm_ioctls::Kvm;
 use thiserror::Error;
 
-use crate::{attach, inherited};
+use crate::{attach, inherited, sockets};
 
 /// What could not be opened.
 #[derive(Debug, Error)]
@@ -35,7 +35,16 @@ pub enum ResourceError {
     /// A tap cannot be used.
     #[error("cannot make the network device")]
     Tap(#[from] TapError),
-    /// Nobody listens at a socket.
+    /// Nobody can be listened to at the VM's socket.
+    #[error("cannot listen at {}", path.display())]
+    Listen {
+        /// The socket's path.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// Nobody listens at a socket, or it is none.
     #[error("cannot connect port {port} to {}", path.display())]
     Connect {
         /// The guest's port of the host.
@@ -72,6 +81,8 @@ pub struct Resources {
     pub taps: Vec<Vec<Tap>>,
     /// The host's ports that the guest can connect to.
     pub ports: HostPorts,
+    /// Where the host can ask for connections to the guest.
+    pub socket: Option<UnixListener>,
 }
 
 impl Resources {
@@ -82,12 +93,7 @@ impl Resources {
     pub fn open(config: &VmConfig) -> Result<Self, ResourceError> {
         let ports = HostPorts::default();
         for port in &config.vsock {
-            let stream = UnixStream::connect(&port.socket).map_err(|source| ResourceError::Connect {
-                port: port.port,
-                path: port.socket.clone(),
-                source,
-            })?;
-            ports.offer(port.port, stream);
+            ports.offer(port.port, sockets::host_end(port)?);
         }
         Ok(Self {
             kvm: Kvm::new().map_err(ResourceError::OpenKvm)?,
@@ -97,6 +103,7 @@ impl Resources {
             pmem: files("the persistent memory", config.pmem.iter().map(|pmem| (&pmem.file, pmem.read_only)))?,
             taps: config.networks.iter().map(open_taps).collect::<Result<_, _>>()?,
             ports,
+            socket: config.vsock_socket.as_ref().map(sockets::listener).transpose()?,
         })
     }
 
@@ -169,11 +176,11 @@ fn open_taps(network: &NetworkConfig) -> Result<Vec<Tap>, ResourceError> {
     })
 }
 
-fn take(what: &'static str, number: i32) -> Result<OwnedFd, ResourceError> {
+pub(crate) fn take(what: &'static str, number: i32) -> Result<OwnedFd, ResourceError> {
     inherited::take(number).map_err(|source| ResourceError::Open { what, path: inherited_path(number), source })
 }
 
-fn inherited_path(number: i32) -> PathBuf {
+pub(crate) fn inherited_path(number: i32) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{number}"))
 }
 

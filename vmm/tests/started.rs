@@ -56,7 +56,7 @@ fn a_port_that_nobody_listens_at_is_said() {
     let place = tempfile::tempdir().unwrap();
     let kernel = place.path().join("kernel");
     fs::write(&kernel, "no kernel").unwrap();
-    let vsock = json!([{ "port": 5000, "socket": "/no/socket" }]);
+    let vsock = json!([{ "port": 5000, "socket": { "path": "/no/socket" } }]);
     let output = start(&json!({ "vm": { "kernel": kernel, "memory_mib": 64, "vsock": vsock } }), place.path());
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.code() == Some(125) && said.contains("cannot connect port 5000 to /no/socket"), "{said}");

@@ -6,6 +6,7 @@ mod drive;
 mod limits;
 mod network;
 mod pmem;
+mod vsock;
 
 use std::fs::File;
 use std::io::Read;
@@ -20,6 +21,7 @@ pub use self::drive::{DRIVES_MAX, DriveConfig, DriveFile};
 pub use self::limits::{LimitsConfig, RateConfig};
 pub use self::network::{MacAddress, NETWORKS_MAX, NetworkConfig, QUEUE_PAIRS_MAX, TapConfig};
 pub use self::pmem::{PMEM_MAX, PmemConfig};
+pub use self::vsock::{PORTS_MAX, PortConfig, SocketConfig};
 
 /// The most vCPUs a VM can have: what its CPU table has room for, and what Firecracker allows.
 pub const VCPUS_MAX: u8 = 32;
@@ -31,8 +33,6 @@ pub const MEMORY_MIB_MAX: u32 = 1 << 20;
 pub const PLUGGABLE_MIB: u32 = 128;
 /// The most devices a VM can have: each has an interrupt of its own.
 pub const DEVICES_MAX: usize = 19;
-/// The most ports of the host.
-pub const PORTS_MAX: usize = 64;
 /// The longest document read: a container specification holds its program's arguments and environment, 2 MiB at most.
 const DOCUMENT_MAX: u64 = 8 << 20;
 /// The longest addition to the kernel command line; x86 Linux takes 2,048 bytes in all.
@@ -193,6 +193,11 @@ pub struct VmConfig {
     /// Ports of the host that the guest can connect to, besides those of the container's own session.
     #[serde(default)]
     pub vsock: Vec<PortConfig>,
+    /// A Unix stream socket at which the host can ask for connections to ports of the guest, and hand over its end of some
+    /// (`docs/decisions/0011-vsock-host-connections.md`). At a path it is made when the monitor starts, and stays there when
+    /// that has ended; one that nobody listens at any more is replaced. A descriptor is that of a socket that listens.
+    #[serde(default)]
+    pub vsock_socket: Option<SocketConfig>,
     /// How much the guest may send through the socket device: packets and their data. Not what is sent to it, which waits
     /// for the guest anyway.
     #[serde(default)]
@@ -206,17 +211,6 @@ pub struct VmConfig {
     /// Whether the guest gets an early serial console, for finding out why a kernel dies before its console is up.
     #[serde(default)]
     pub serial: bool,
-}
-
-/// A port of the host's, for one connection of the guest's. The monitor connects to the socket when it starts, since it can
-/// reach none later.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct PortConfig {
-    /// The port.
-    pub port: u32,
-    /// The path of a Unix socket that somebody listens at.
-    pub socket: PathBuf,
 }
 
 fn one() -> u8 {
@@ -344,6 +338,9 @@ impl VmConfig {
         within("the number of pmem devices", self.pmem.len() as u64, 0, PMEM_MAX as u64)?;
         within("the number of devices", self.devices() as u64, 0, DEVICES_MAX as u64)?;
         within("the number of vsock ports", self.vsock.len() as u64, 0, PORTS_MAX as u64)?;
+        for PortConfig { port, .. } in &self.vsock {
+            within("a vsock port", u64::from(*port), 0, u64::from(vsock::NO_PORT) - 1)?;
+        }
         within("the length of command_line", self.command_line.len() as u64, 0, COMMAND_LINE_MAX as u64)?;
         if !self.command_line.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
             return Err(ConfigError::NotPrintable { field: "command_line", value: self.command_line.clone() });
@@ -367,7 +364,12 @@ impl VmConfig {
             TapConfig::Descriptors(numbers) => numbers.clone(),
             TapConfig::Name(_) => Vec::new(),
         });
-        files.filter_map(file).chain(taps).collect()
+        let sockets = self.vsock.iter().map(|port| &port.socket).chain(&self.vsock_socket);
+        let socket = |socket: &SocketConfig| match socket {
+            SocketConfig::Descriptor(number) => Some(*number),
+            SocketConfig::Path(_) => None,
+        };
+        files.filter_map(file).chain(taps).chain(sockets.filter_map(socket)).collect()
     }
 
     /// How many devices it has: socket, entropy and console besides those that it names.
@@ -466,6 +468,18 @@ mod tests {
         for (drives, pmem, balloon) in [(DRIVES_MAX, 0, true), (12, PMEM_MAX, true), (0, PMEM_MAX + 1, false)] {
             assert!(matches!(parse(drives, pmem, balloon), Err(ConfigError::OutOfRange { .. })), "{drives} {pmem}");
         }
+    }
+
+    #[test]
+    fn sockets_have_a_path_or_a_number_and_ports_are_in_their_range() {
+        let parse = |port: u32| {
+            parse(&format!(
+                r#"{{"kernel":"/k","memory_mib":100,"vsock_socket":{{"descriptor":7}},
+                "vsock":[{{"port":1,"socket":{{"path":"/s"}}}},{{"port":{port},"socket":{{"descriptor":9}}}}]}}"#
+            ))
+        };
+        assert_eq!(parse(u32::MAX - 1).unwrap().vm.descriptors(), [9, 7]);
+        assert!(matches!(parse(u32::MAX), Err(ConfigError::OutOfRange { field: "a vsock port", .. })));
     }
 
     #[test]

@@ -1,28 +1,35 @@
-//! One stream connection (VIRTIO 1.2 §5.10.6): credit both ways, a bounded backlog, half-close.
+//! One stream connection (VIRTIO 1.2 §5.10.6): opened by either side, credit both ways, a bounded backlog, half-close.
 
 use std::collections::VecDeque;
-use std::io::{self, Write};
-use std::net::Shutdown;
+use std::io::{self, Write as _};
 use std::num::Wrapping;
 use std::os::unix::net::UnixStream;
 
-use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile};
+use vm_memory::{VolatileMemoryError, VolatileSlice};
+
+use super::host_end::HostEnd;
 
 /// How much the guest may send before the host's end of the connection has taken it: what a connection costs the
 /// monitor at most.
 pub(super) const CREDIT: u32 = 128 << 10;
+
+/// What a shutdown is of (§5.10.6.5): what its sender receives, and what it sends.
+pub(super) const SHUTDOWN_RECEIVE: u32 = 1;
+pub(super) const SHUTDOWN_SEND: u32 = 2;
 
 /// What is to be told the guest, each once, in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Packet {
     /// The connection is over.
     Reset,
+    /// The host asks for the connection.
+    Request,
     /// The connection is open.
     Response,
     /// This much data was put into the packet.
     Data(u32),
-    /// The host's end sends no more.
-    Shutdown,
+    /// The host's end does no more of this ([`SHUTDOWN_RECEIVE`], [`SHUTDOWN_SEND`]).
+    Shutdown(u32),
     /// How much was taken.
     CreditUpdate,
     /// The host's end has data, and the guest has no room.
@@ -33,14 +40,38 @@ pub(super) enum Packet {
 enum Moved {
     Bytes(usize),
     WouldBlock,
+    /// Nobody reads any more.
+    Gone,
     Failed,
 }
 
-/// A connection from the guest to a Unix stream socket.
+/// How far a connection is.
+#[derive(Debug)]
+enum Stage {
+    /// The guest asked for it, and is to be told that it is open.
+    Confirm,
+    /// The guest is to be asked for it, and then the host is to be told.
+    Ask(Asker),
+    /// The guest was asked.
+    Asked(Asker),
+    Open,
+}
+
+/// Who in the host asked for a connection.
+#[derive(Debug)]
+pub(super) enum Asker {
+    /// Who is at its end.
+    Peer,
+    /// Somebody who handed that end over.
+    Other(UnixStream),
+}
+
+/// A connection between the guest and the host's end.
 #[derive(Debug)]
 pub(super) struct Connection {
-    stream: UnixStream,
-    /// Bytes from the guest that the stream did not take yet; at most [`CREDIT`].
+    stage: Stage,
+    end: HostEnd,
+    /// Bytes from the guest that the end did not take yet; at most [`CREDIT`].
     backlog: VecDeque<u8>,
     /// Bytes that the stream took, and how many of them the guest was told of.
     forwarded: Wrapping<u32>,
@@ -54,8 +85,9 @@ pub(super) struct Connection {
     guest_sends: bool,
     guest_receives: bool,
     host_sends: bool,
-    response_due: bool,
-    shutdown_due: bool,
+    host_receives: bool,
+    /// What is to be told of what the host's end does no more.
+    shutdown_due: u32,
     credit_update_due: bool,
     credit_request_due: bool,
     waits_for_credit: bool,
@@ -67,9 +99,23 @@ pub(super) struct Connection {
 
 impl Connection {
     /// A connection that the guest asked for and that is to be confirmed.
-    pub(super) fn new(stream: UnixStream) -> Self {
+    pub(super) fn confirmed(end: HostEnd) -> Self {
+        Self::new(end, Stage::Confirm)
+    }
+
+    /// A connection that the guest is to be asked for.
+    pub(super) fn asked_for(end: HostEnd, asker: Asker) -> Self {
+        Self::new(end, Stage::Ask(asker))
+    }
+
+    fn new(end: HostEnd, stage: Stage) -> Self {
+        // An end that goes one way only says so as soon as the connection is open.
+        let (host_sends, host_receives) = (end.sends(), end.receives());
+        let receive = if host_receives { 0 } else { SHUTDOWN_RECEIVE };
+        let send = if host_sends { 0 } else { SHUTDOWN_SEND };
         Self {
-            stream,
+            stage,
+            end,
             backlog: VecDeque::new(),
             forwarded: Wrapping(0),
             announced: Wrapping(0),
@@ -80,9 +126,9 @@ impl Connection {
             writable: true,
             guest_sends: true,
             guest_receives: true,
-            host_sends: true,
-            response_due: true,
-            shutdown_due: false,
+            host_sends,
+            host_receives,
+            shutdown_due: receive | send,
             credit_update_due: false,
             credit_request_due: false,
             waits_for_credit: false,
@@ -90,6 +136,31 @@ impl Connection {
             forgotten: false,
             listed: false,
         }
+    }
+
+    /// The guest agrees to a connection that it was asked for. `port` is the host's. Says whether it was asked.
+    pub(super) fn agree(&mut self, port: u32) -> bool {
+        let Stage::Asked(asker) = std::mem::replace(&mut self.stage, Stage::Open) else {
+            self.over = true;
+            return false;
+        };
+        // So little always fits; who is gone already is found out like everybody who goes.
+        let told = format!("OK {port}\n");
+        let _ = match asker {
+            Asker::Peer => self.end.write_all(told.as_bytes()),
+            Asker::Other(mut asker) => asker.write_all(told.as_bytes()),
+        };
+        true
+    }
+
+    /// Whether the host asked for it, and the guest has not answered.
+    pub(super) fn is_asked_for(&self) -> bool {
+        matches!(self.stage, Stage::Ask(_) | Stage::Asked(_))
+    }
+
+    /// Whether it is open, as far as the guest was told.
+    pub(super) fn is_open(&self) -> bool {
+        matches!(self.stage, Stage::Open)
     }
 
     /// What a packet header tells of the guest's room.
@@ -116,6 +187,10 @@ impl Connection {
             return;
         }
         for piece in data {
+            if !self.host_receives {
+                self.took(piece.len());
+                continue;
+            }
             let taken = self.write(piece);
             if let Ok(rest) = piece.offset(taken) {
                 self.keep(&rest);
@@ -129,7 +204,7 @@ impl Connection {
         if !self.writable || !self.backlog.is_empty() || piece.is_empty() {
             return 0;
         }
-        match moved((&self.stream).write_volatile(piece)) {
+        match moved(self.end.write_from(piece)) {
             Moved::Bytes(count) => {
                 self.writable = count == piece.len();
                 count
@@ -137,6 +212,11 @@ impl Connection {
             Moved::WouldBlock => {
                 self.writable = false;
                 0
+            }
+            Moved::Gone => {
+                self.stop_receiving();
+                self.shutdown_due |= SHUTDOWN_RECEIVE;
+                piece.len()
             }
             Moved::Failed => {
                 self.over = true;
@@ -164,7 +244,7 @@ impl Connection {
     pub(super) fn shut_down(&mut self, sends_no_more: bool, receives_no_more: bool) {
         if receives_no_more {
             self.guest_receives = false;
-            let _ = self.stream.shutdown(Shutdown::Read);
+            self.end.stop_reading();
         }
         if sends_no_more {
             self.guest_sends = false;
@@ -183,10 +263,19 @@ impl Connection {
         self.forgotten
     }
 
-    /// The stream is ready again.
-    pub(super) fn ready(&mut self, readable: bool, writable: bool) {
+    /// The host's end is ready again, or its peer is gone altogether.
+    pub(super) fn ready(&mut self, readable: bool, writable: bool, gone: bool) {
         self.readable |= readable;
-        if writable {
+        if gone && !self.is_open() {
+            // Whoever asked has given up, and nothing was sent.
+            self.over = true;
+        } else if gone && self.guest_sends {
+            self.stop_receiving();
+            if !self.host_sends {
+                // Otherwise the guest is told together with the end of what the peer sent.
+                self.shutdown_due |= SHUTDOWN_RECEIVE;
+            }
+        } else if writable {
             self.writable = true;
             self.drain();
         }
@@ -194,13 +283,13 @@ impl Connection {
 
     /// Writes the backlog, waiting for the receiver.
     pub(super) fn flush(&mut self) {
-        if !self.backlog.is_empty() && self.stream.set_nonblocking(false).is_ok() {
+        if !self.backlog.is_empty() && self.end.set_blocking(true).is_ok() {
             let (first, second) = self.backlog.as_slices();
             // A receiver that is gone wants nothing more.
-            let _ = self.stream.write_all(first).and_then(|()| self.stream.write_all(second));
+            let _ = self.end.write_all(first).and_then(|()| self.end.write_all(second));
             self.backlog.clear();
         }
-        let _ = self.stream.shutdown(Shutdown::Write);
+        self.end.stop_writing();
     }
 
     /// Whether there is something to tell the guest.
@@ -209,8 +298,8 @@ impl Connection {
             return self.is_over();
         }
         self.is_over()
-            || self.response_due
-            || self.shutdown_due
+            || matches!(self.stage, Stage::Confirm | Stage::Ask(_))
+            || (self.shutdown_due != 0 && self.is_open())
             || self.credit_update_due
             || self.credit_request_due
             || self.can_send()
@@ -226,16 +315,25 @@ impl Connection {
         if self.is_over() {
             return Some(Packet::Reset);
         }
-        if std::mem::take(&mut self.response_due) {
-            return Some(Packet::Response);
+        match std::mem::replace(&mut self.stage, Stage::Open) {
+            Stage::Confirm => return Some(Packet::Response),
+            Stage::Ask(asker) => {
+                self.stage = Stage::Asked(asker);
+                return Some(Packet::Request);
+            }
+            asked @ Stage::Asked(_) => {
+                self.stage = asked;
+                return None;
+            }
+            Stage::Open => {}
         }
         if self.can_send()
             && let Some(packet) = self.send(room)
         {
             return Some(packet);
         }
-        if std::mem::take(&mut self.shutdown_due) {
-            return Some(Packet::Shutdown);
+        if self.shutdown_due != 0 {
+            return Some(Packet::Shutdown(std::mem::take(&mut self.shutdown_due)));
         }
         if std::mem::take(&mut self.credit_update_due) {
             return Some(Packet::CreditUpdate);
@@ -249,7 +347,7 @@ impl Connection {
     }
 
     fn can_send(&self) -> bool {
-        self.readable && self.host_sends && self.guest_receives && !self.waits_for_credit && !self.response_due
+        self.readable && self.host_sends && self.guest_receives && !self.waits_for_credit && self.is_open()
     }
 
     fn send(&mut self, room: Option<&VolatileSlice<'_>>) -> Option<Packet> {
@@ -261,10 +359,13 @@ impl Connection {
         }
         let room = room?;
         let mut room = room.subslice(0, room.len().min(credit as usize)).ok()?;
-        match moved((&self.stream).read_volatile(&mut room)) {
+        match moved(self.end.read(&mut room)) {
             Moved::Bytes(0) => {
                 self.host_sends = false;
-                self.shutdown_due = true;
+                self.shutdown_due |= SHUTDOWN_SEND;
+                if !self.host_receives {
+                    self.shutdown_due |= SHUTDOWN_RECEIVE;
+                }
                 None
             }
             Moved::Bytes(count) => {
@@ -276,7 +377,7 @@ impl Connection {
                 self.readable = false;
                 None
             }
-            Moved::Failed => {
+            Moved::Gone | Moved::Failed => {
                 self.over = true;
                 Some(Packet::Reset)
             }
@@ -289,13 +390,17 @@ impl Connection {
 
     fn drain(&mut self) {
         while self.writable && !self.backlog.is_empty() {
-            let result = self.stream.write(self.backlog.as_slices().0);
+            let result = self.end.write(self.backlog.as_slices().0);
             match moved(result.map_err(VolatileMemoryError::IOError)) {
                 Moved::Bytes(count) => {
                     self.backlog.drain(..count);
                     self.took(count);
                 }
                 Moved::WouldBlock => self.writable = false,
+                Moved::Gone => {
+                    self.stop_receiving();
+                    self.shutdown_due |= SHUTDOWN_RECEIVE;
+                }
                 Moved::Failed => {
                     self.over = true;
                     return;
@@ -305,10 +410,17 @@ impl Connection {
         self.finish_sending();
     }
 
+    /// The host's end takes nothing any more: what the guest sends all the same is dropped, and counts as taken.
+    fn stop_receiving(&mut self) {
+        self.host_receives = false;
+        let dropped = std::mem::take(&mut self.backlog).len();
+        self.took(dropped);
+    }
+
     /// Passes the guest's end of file on, once everything before it was.
     fn finish_sending(&mut self) {
         if !self.guest_sends && self.backlog.is_empty() {
-            let _ = self.stream.shutdown(Shutdown::Write);
+            self.end.stop_writing();
             if self.backlog.capacity() > 0 {
                 self.backlog = VecDeque::new();
             }
@@ -332,6 +444,7 @@ fn moved(result: Result<usize, VolatileMemoryError>) -> Moved {
         {
             Moved::WouldBlock
         }
+        Err(VolatileMemoryError::IOError(error)) if error.kind() == io::ErrorKind::BrokenPipe => Moved::Gone,
         Err(_) => Moved::Failed,
     }
 }

@@ -1,15 +1,19 @@
 //! The socket device (VIRTIO 1.2 §5.10, "Socket Device", device ID 19).
 //!
-//! Stream connections that the guest opens to ports of the host (CID 2); each becomes a Unix stream socket
-//! ([`ports`] says whose). The guest may send any packet at any time: one that fits no connection is answered with RST,
-//! one that breaks the rules of its connection ends it. Datagrams, SEQPACKET and connections opened by the host are not
-//! supported.
+//! Stream connections between the guest and Unix sockets, other stream sockets or pipes of the host (CID 2). The guest opens
+//! them to ports of the host ([`ports`] says what is behind one), and the host, at the VM's socket, to ports that somebody in
+//! the guest listens at ([`callers`]). The guest may send any packet at any time: one that fits no connection is answered
+//! with RST, one that breaks the rules of its connection ends it. Datagrams and SEQPACKET are not supported: RST.
 //!
 //! - [`incoming`]: a packet that the guest sends.
+//! - [`host_end`]: what is at the host's end of a connection.
 //! - [`connection`]: one connection: credit, buffering, half-close.
+//! - [`callers`]: what the host asks for.
 //! - [`muxer`]: all of them: from packets to connections and back.
 
+mod callers;
 mod connection;
+pub mod host_end;
 mod incoming;
 mod muxer;
 pub mod ports;
@@ -17,6 +21,7 @@ pub mod ports;
 mod tests;
 
 use std::io;
+use std::os::unix::net::UnixListener;
 
 use virtio_vsock::packet::{PKT_HEADER_SIZE, VsockPacket};
 
@@ -45,6 +50,9 @@ const QUEUE_SIZES: [u16; 3] = [QUEUE_SIZE_MAX, QUEUE_SIZE_MAX, 16];
 #[derive(Debug)]
 pub struct Vsock {
     muxer: Muxer,
+    /// Whether to look at the host's side without being told: what became ready before there was a driver, or more than was
+    /// looked at.
+    poll_due: bool,
     limiter: Option<Limiter>,
     counters: Counters,
 }
@@ -59,12 +67,14 @@ struct Counters {
 }
 
 impl Vsock {
-    /// A device that connects the guest to `ports`, and takes as much from it as `limiter` admits.
+    /// A device that connects the guest to `ports`, and those who come to `listener` to the guest, and takes as much from the
+    /// guest as `limiter` admits.
     ///
     /// # Errors
     /// When the system has no descriptor left.
-    pub fn new(ports: HostPorts, limiter: Option<Limiter>) -> io::Result<Self> {
-        Ok(Self { muxer: Muxer::new(ports)?, limiter, counters: Counters::default() })
+    pub fn new(ports: HostPorts, listener: Option<UnixListener>, limiter: Option<Limiter>) -> io::Result<Self> {
+        let muxer = Muxer::new(ports, listener)?;
+        Ok(Self { muxer, poll_due: false, limiter, counters: Counters::default() })
     }
 
     /// Takes what the guest sends.
@@ -130,14 +140,16 @@ impl VirtioDevice for Vsock {
         read_config_bytes(&GUEST_CID.to_le_bytes(), offset, data);
     }
 
-    fn start(&mut self, _: u64) {}
+    fn start(&mut self, _: u64) {
+        self.poll_due = true;
+    }
 
     fn process(&mut self, resources: Resources<'_>, event: Event) -> Result<(), Broken> {
         let Resources { memory, queues, .. } = resources;
         let sends = match event {
             Event::Queue(queue) => usize::from(queue) == TRANSMIT,
             Event::Backend(STREAMS) => {
-                self.muxer.poll();
+                self.poll_due = true;
                 false
             }
             Event::Backend(_) => {
@@ -148,8 +160,16 @@ impl VirtioDevice for Vsock {
         if sends && let Some(queue) = queues.get_mut(TRANSMIT) {
             self.collect(memory, queue)?;
         }
+        if std::mem::take(&mut self.poll_due) {
+            self.poll_due = self.muxer.poll();
+        }
         match queues.get_mut(RECEIVE) {
-            Some(queue) => self.deliver(memory, queue),
+            Some(queue) => {
+                if self.poll_due {
+                    let _ = queue.kick().write(1);
+                }
+                self.deliver(memory, queue)
+            }
             None => Ok(()),
         }
     }
@@ -167,11 +187,14 @@ impl VirtioDevice for Vsock {
 
     fn metrics(&self) -> Vec<(&'static str, u64)> {
         let Counters { sent_packets, sent_bytes, received_packets, received_bytes } = self.counters;
-        let muxer::Counters { opened, refused, reset } = self.muxer.counters();
+        let muxer::Counters { opened, refused, reset, host_opened, host_refused, host_offered } = self.muxer.counters();
         vec![
             ("connections_opened", opened),
             ("connections_refused", refused),
             ("connections_reset", reset),
+            ("host_connections_opened", host_opened),
+            ("host_calls_refused", host_refused),
+            ("host_offers", host_offered),
             ("guest_sent_packets", sent_packets),
             ("guest_sent_bytes", sent_bytes),
             ("guest_received_packets", received_packets),

@@ -27,3 +27,4 @@ mod streams;
 mod terminal;
 mod user_env;
 mod verbs;
+mod vsock;

@@ -99,7 +99,7 @@ fn memory_that_a_container_frees_is_the_hosts_again() {
 }
 
 /// A monitor that runs with a changed configuration: an extended regular expression and what replaces it.
-fn changing(sandbox: &Sandbox, pattern: &str, replacement: &str) -> PathBuf {
+pub(crate) fn changing(sandbox: &Sandbox, pattern: &str, replacement: &str) -> PathBuf {
     let path = sandbox.files().join("monitor");
     let real = programs().join("cofferdam-vmm");
     // `--born --config FILE` comes first.

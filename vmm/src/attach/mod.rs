@@ -6,6 +6,7 @@ pub(crate) mod memory;
 mod network;
 
 use std::fs::File;
+use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex};
 
 use api::config::VmConfig;
@@ -34,6 +35,8 @@ pub(crate) struct Opened {
     pub taps: Vec<Vec<Tap>>,
     /// The host's ports that the guest can connect to.
     pub ports: HostPorts,
+    /// Where the host can ask for connections to the guest.
+    pub socket: Option<UnixListener>,
 }
 
 /// Makes the devices that the configuration asks for, in the order in which the guest finds them.
@@ -48,9 +51,9 @@ pub(crate) fn devices(
     console: &ConsoleOutput,
 ) -> Result<Vec<Arc<Mutex<MmioDevice>>>, MachineError> {
     let failed = |device| move |source| MachineError::Device { device, source };
-    let Opened { drives, taps, ports } = opened;
-    let vsock =
-        limits::limiter(config.vsock_limits).and_then(|limiter| Vsock::new(ports, limiter)).map_err(failed("vsock"))?;
+    let Opened { drives, taps, ports, socket } = opened;
+    let limiter = limits::limiter(config.vsock_limits).map_err(failed("vsock"))?;
+    let vsock = Vsock::new(ports, socket, limiter).map_err(failed("vsock"))?;
     // Vsock first: the agent waits for it, and the kernel probes in this order.
     let mut devices: Vec<(&'static str, Box<dyn VirtioDevice>)> = vec![("vsock", Box::new(vsock))];
     for (index, (drive, file)) in config.drives.iter().zip(drives).enumerate() {

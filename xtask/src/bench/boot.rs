@@ -105,7 +105,7 @@ impl Monitor {
                 "initramfs": initramfs,
                 "memory_mib": MEMORY_MIB,
                 "drives": [{ "file": { "path": drive }, "read_only": true }],
-                "vsock": [{ "port": CONTROL_PORT, "socket": format!("{}_{CONTROL_PORT}", socket.display()) }],
+                "vsock": [{ "port": CONTROL_PORT, "socket": { "path": format!("{}_{CONTROL_PORT}", socket.display()) } }],
                 "serial": self == Self::CofferdamSerial,
             } }),
             Self::Firecracker => json!({

@@ -1,8 +1,10 @@
 //! Connections as a guest's driver sees them.
 
+mod host;
+
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -46,15 +48,23 @@ struct Guest {
     ports: HostPorts,
     /// The port of the host that it sends to.
     port: u32,
+    /// Whom it takes for the host, and of which type its packets are. What it receives is asserted to match.
+    host_cid: u64,
+    kind: u16,
     /// The length of the buffers that data is cut into.
     piece: usize,
 }
 
 impl Guest {
     fn new() -> Self {
+        Self::of(None)
+    }
+
+    fn of(listener: Option<UnixListener>) -> Self {
         let ports = HostPorts::default();
-        let device = Vsock::new(ports.clone(), None).unwrap();
-        Self { driver: Driver::new(Box::new(device)).start(), ports, port: PORT, piece: 64 << 10 }
+        let device = Vsock::new(ports.clone(), listener, None).unwrap();
+        let driver = Driver::new(Box::new(device)).start();
+        Self { driver, ports, port: PORT, host_cid: HOST_CID, kind: 1, piece: 64 << 10 }
     }
 
     /// A guest with one open connection, and the host's end of it.
@@ -70,11 +80,11 @@ impl Guest {
     fn send(&mut self, packet: &Packet) {
         let header = [
             &GUEST_CID.to_le_bytes()[..],
-            &HOST_CID.to_le_bytes(),
+            &self.host_cid.to_le_bytes(),
             &GUEST_PORT.to_le_bytes(),
             &self.port.to_le_bytes(),
             &(packet.data.len() as u32).to_le_bytes(),
-            &1u16.to_le_bytes(),
+            &self.kind.to_le_bytes(),
             &packet.op.to_le_bytes(),
             &packet.flags.to_le_bytes(),
             &packet.credit.to_le_bytes(),
@@ -123,7 +133,12 @@ impl Guest {
         self.driver.memory.read_slice(&mut bytes, GuestAddress(RX)).unwrap();
         let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
         let half = |at: usize| u16::from_le_bytes(bytes[at..at + 2].try_into().unwrap());
-        assert!(word(16) >= PORT && word(20) == GUEST_PORT);
+        assert_eq!((word(0), half(28), word(20)), (self.host_cid as u32, self.kind, GUEST_PORT));
+        // A connection that the host opens has a port that the guest is only now told.
+        if half(30) == REQUEST {
+            self.port = word(16);
+        }
+        assert!(word(16) >= PORT);
         assert_eq!(word(24) + HEADER, length);
         let data = bytes[HEADER as usize..].to_vec();
         Some(Packet { op: half(30), flags: word(32), credit: word(36), forwarded: word(40), data })
@@ -142,6 +157,26 @@ fn an_offer_is_for_one_connection() {
     let (mut guest, _host) = Guest::connected();
     guest.send(&packet(REQUEST));
     assert_eq!(guest.receive().unwrap().op, RESET);
+}
+
+#[test]
+fn packets_of_another_type_or_to_another_host_are_reset_as_what_they_are() {
+    let (mut guest, mut host) = Guest::connected();
+    for (cid, kind) in [(HOST_CID, 2), (HOST_CID, 77), (9, 1)] {
+        (guest.host_cid, guest.kind) = (cid, kind);
+        for op in [REQUEST, DATA] {
+            guest.send(&packet(op));
+            assert_eq!(guest.receive().unwrap().op, RESET, "{cid} {kind} {op}");
+        }
+        guest.send(&packet(RESET));
+        assert_eq!(guest.receive(), None, "a reset is not answered");
+    }
+    // The stream between the same ports is another connection.
+    (guest.host_cid, guest.kind) = (HOST_CID, 1);
+    guest.send(&Packet { data: b"still".to_vec(), ..packet(DATA) });
+    let mut bytes = [0; 5];
+    host.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"still");
 }
 
 #[test]
@@ -240,6 +275,34 @@ fn each_side_can_end_its_direction() {
     assert_eq!(guest.receive().unwrap().op, RESET);
     guest.send(&packet(DATA));
     assert_eq!(guest.receive().unwrap().op, RESET);
+}
+
+#[test]
+fn who_is_gone_on_the_host_neither_sends_nor_receives_more() {
+    let (mut guest, mut host) = Guest::connected();
+    host.write_all(b"last").unwrap();
+    drop(host);
+    assert_eq!(guest.receive().unwrap().data, b"last");
+    let end = guest.receive().unwrap();
+    assert_eq!((end.op, end.flags), (SHUTDOWN, 3));
+    // What is sent all the same is dropped, and gives its credit back.
+    for _ in 0..5 {
+        guest.send(&Packet { data: vec![0; 32 << 10], ..packet(DATA) });
+    }
+    assert_eq!(guest.ask_credit(), 5 * (32 << 10));
+    guest.send(&Packet { flags: 3, ..packet(SHUTDOWN) });
+    assert_eq!(guest.receive().unwrap().op, RESET);
+}
+
+#[test]
+fn who_takes_nothing_more_on_the_host_can_still_send() {
+    let (mut guest, mut host) = Guest::connected();
+    host.shutdown(Shutdown::Read).unwrap();
+    guest.send(&Packet { data: b"for nobody".to_vec(), ..packet(DATA) });
+    let end = guest.receive().unwrap();
+    assert_eq!((end.op, end.flags, end.forwarded), (SHUTDOWN, 1, 10));
+    host.write_all(b"still").unwrap();
+    assert_eq!(guest.receive().unwrap().data, b"still");
 }
 
 #[test]
