@@ -21,7 +21,7 @@ const E2E_LIMIT: u32 = 2100;
 const LAB_ATTEMPTS: u32 = 3;
 /// Those that boot the most guests. They have a machine of their own in the lab, so that less has to be begun again when it
 /// dies.
-const LONG_TESTS: [&str; 5] = ["faults::", "hostile::", "jail::", "memory::", "network::"];
+const LONG_TESTS: [&str; 6] = ["faults::", "hostile::", "hostile_guest::", "jail::", "memory::", "network::"];
 /// What runs all of them there.
 const LAB_SCRIPT: &str = include_str!("e2e.sh");
 /// The lab's memory for them, in MiB: guests, their images, and every file written.
@@ -75,11 +75,13 @@ pub fn e2e(filters: &[OsString]) -> Result<ExitCode> {
     let programs = step("end-to-end tests: compile", e2e_programs)?;
     let mut environment = step("end-to-end tests: images", images::environment)?;
     environment.push((tests::HOSTILE_VARIABLE.into(), step("end-to-end tests: hostile agent", hostile_agent)?.into()));
+    environment
+        .push((tests::HOSTILE_GUEST_VARIABLE.into(), step("end-to-end tests: hostile guest", hostile_guest)?.into()));
     environment.push((
         tests::SCHEMATHESIS_VARIABLE.into(),
         step("end-to-end tests: schemathesis", schemathesis::program)?.into(),
     ));
-    for name in [tests::SOAK_VARIABLE, tests::FAULTS_VARIABLE] {
+    for name in [tests::SOAK_VARIABLE, tests::FAULTS_VARIABLE, tests::HOSTILE_CASES_VARIABLE] {
         environment.extend(std::env::var_os(name).map(|value| (name.into(), value)));
     }
     let here = demo::kvm_runs_guests();
@@ -137,6 +139,12 @@ fn turns() -> [Vec<OsString>; 2] {
 fn hostile_agent() -> Result<PathBuf> {
     run(cargo().args(["build", "--package", "agent", "--example", "hostile"]))?;
     Ok(paths::target().join(paths::TARGET).join("debug/examples/hostile"))
+}
+
+/// Compiles the guest that means harm, a kernel in the release profile only, and gives its path.
+fn hostile_guest() -> Result<PathBuf> {
+    run(cargo().args(["build", "--release", "--package", "hostile-guest"]))?;
+    Ok(paths::target().join(paths::TARGET).join("release/hostile-guest"))
 }
 
 /// Compiles the end-to-end tests and gives the programs that hold them.
