@@ -18,6 +18,10 @@ pub const FOLDER_VARIABLE: &str = "COFFERDAM_E2E";
 pub const PROGRAMS_VARIABLE: &str = "COFFERDAM_BIN";
 /// Names the program of an agent that means harm.
 pub const HOSTILE_VARIABLE: &str = "COFFERDAM_HOSTILE_AGENT";
+/// Names the kernel of a guest that means harm.
+pub const HOSTILE_GUEST_VARIABLE: &str = "COFFERDAM_HOSTILE_GUEST";
+/// Says how many cases of each seed that guest plays.
+pub const HOSTILE_CASES_VARIABLE: &str = "COFFERDAM_HOSTILE_CASES";
 /// Says how many rounds a soak has.
 pub const SOAK_VARIABLE: &str = "COFFERDAM_SOAK";
 /// The environment variable that has the tests of faults try every step, when it is `all`, and not each fifth one.

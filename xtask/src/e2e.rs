@@ -32,7 +32,7 @@ const LOST: usize = 4;
 /// What a test says that lost a guest.
 const LOST_MESSAGES: [&str; 2] = ["agent did not report in time", ": the guest shut down"];
 /// The tests that boot the most guests: a turn of their own, so that a machine is not used for too long.
-const LONG_TESTS: [&str; 5] = ["faults::", "hostile::", "jail::", "memory::", "network::"];
+const LONG_TESTS: [&str; 6] = ["faults::", "hostile::", "hostile_guest::", "jail::", "memory::", "network::"];
 
 /// Runs the tests whose names contain one of the filters, with the harness's options among them; all, with none.
 pub fn e2e(filters: &[OsString]) -> Result<ExitCode> {
@@ -44,7 +44,9 @@ pub fn e2e(filters: &[OsString]) -> Result<ExitCode> {
         ::tests::SCHEMATHESIS_VARIABLE.into(),
         step("end-to-end tests: schemathesis", schemathesis::program)?.into(),
     ));
-    for name in [::tests::SOAK_VARIABLE, ::tests::FAULTS_VARIABLE] {
+    environment
+        .push((::tests::HOSTILE_GUEST_VARIABLE.into(), step("end-to-end tests: hostile guest", hostile_guest)?.into()));
+    for name in [::tests::SOAK_VARIABLE, ::tests::FAULTS_VARIABLE, ::tests::HOSTILE_CASES_VARIABLE] {
         environment.extend(std::env::var_os(name).map(|value| (name.into(), value)));
     }
     let here = demo::kvm_runs_guests();
@@ -203,6 +205,12 @@ fn folder() -> PathBuf {
 fn hostile_agent() -> Result<PathBuf> {
     run(cargo().args(["build", "--package", "agent", "--example", "hostile"]))?;
     Ok(paths::target().join(paths::TARGET).join("debug/examples/hostile"))
+}
+
+/// Compiles the guest that means harm, a kernel in the release profile only, and gives its path.
+fn hostile_guest() -> Result<PathBuf> {
+    run(cargo().args(["build", "--release", "--package", "hostile-guest"]))?;
+    Ok(paths::target().join(paths::TARGET).join("release/hostile-guest"))
 }
 
 /// Compiles the end-to-end tests and gives the programs that hold them.

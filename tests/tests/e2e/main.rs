@@ -12,6 +12,7 @@ mod exec;
 mod exit_codes;
 mod faults;
 mod hostile;
+mod hostile_guest;
 mod images;
 mod jail;
 mod known_holes;

@@ -27,11 +27,11 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const FRAME: u64 = 1514;
 
 /// A network namespace in which this thread is, and with it all that it starts.
-struct Network;
+pub(crate) struct Network;
 
 impl Network {
     /// Makes one, and a tap in it.
-    fn new(tap: &str) -> Self {
+    pub(crate) fn new(tap: &str) -> Self {
         // Loads the module, which has a name for its device only when it is there.
         shell("modprobe -q tun; [ -e /dev/net/tun ] || { mkdir -p /dev/net && mknod /dev/net/tun c 10 200; }");
         unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace needs root");

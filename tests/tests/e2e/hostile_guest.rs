@@ -1,0 +1,215 @@
+//! A guest that attacks every device that it has, as its driver and by every rule that can be broken: the monitor goes on
+//! until the guest powers off, within its bounds, and a VM beside it does not notice.
+//!
+//! The guest is the kernel in `tests/hostile-guest`, which says itself what it found to be wrong.
+//! `COFFERDAM_HOSTILE_CASES` says how many cases of each seed there are; without it there are a few thousand.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use tests::process::{Ended, ends, watch};
+use tests::sandbox::{Detached, Sandbox, programs};
+
+use crate::network::Network;
+
+/// Which cases are played.
+const SEEDS: [u64; 4] = [1, 2, 3, 4];
+/// How many of each.
+const CASES: u64 = 2000;
+/// How long the guest may take for a hundred cases in the slowest lab.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The guest's memory in MiB, and what it can be plugged with.
+const MEMORY: u64 = 64;
+const MEMORY_MAX: u64 = 192;
+/// The size of a drive and of a persistent memory in MiB.
+const DRIVE: usize = 8;
+const PMEM: usize = 2;
+/// What the monitor may take for itself, in MiB.
+const OWN: u64 = 16;
+/// The host's ports that somebody listens at, from 1 on.
+const PORTS: u32 = 16;
+
+fn cases() -> u64 {
+    let told = std::env::var(tests::HOSTILE_CASES_VARIABLE);
+    told.map_or(CASES, |text| text.parse().expect("the number of cases is a number"))
+}
+
+/// A VM beside the attacked one, with something in its memory.
+struct Bystander<'a> {
+    pod: Detached<'a>,
+    sum: String,
+}
+
+impl<'a> Bystander<'a> {
+    fn start(sandbox: &'a Sandbox) -> Self {
+        let pod = sandbox.detached("bystander", &["-m", "100m"], "busybox", &["sleep", "1000000"]);
+        let fill = ["dd", "if=/dev/urandom", "of=/dev/shm/kept", "bs=1M", "count=8"];
+        assert_eq!(pod.verb("exec", &[], &fill).end().code(), 0);
+        let mut bystander = Self { pod, sum: String::new() };
+        bystander.sum = bystander.memory();
+        bystander
+    }
+
+    fn memory(&self) -> String {
+        self.pod.verb("exec", &[], &["sha256sum", "/dev/shm/kept"]).end().succeeded().to_owned()
+    }
+
+    fn is_undisturbed(&self) {
+        assert_eq!(self.memory(), self.sum);
+    }
+}
+
+/// The files of the attacked VM, all with the same pattern in them.
+struct Files {
+    read_only: [PathBuf; 2],
+    writable: [PathBuf; 2],
+}
+
+/// What is in the first `length` bytes of each of them.
+fn pattern(length: usize) -> Vec<u8> {
+    (0..length).map(|at| (at * 7 + (at >> 12) * 13 + 3) as u8).collect()
+}
+
+impl Files {
+    fn make(folder: &Path) -> Self {
+        let make = |name: &str, length: usize| {
+            let path = folder.join(name);
+            fs::write(&path, pattern(length)).unwrap();
+            path
+        };
+        // A file that does not fill its last page.
+        let read_only = [make("read-only.img", DRIVE << 20), make("read-only.pmem", (PMEM << 20) - 1000)];
+        let writable = [make("writable.img", DRIVE << 20), make("writable.pmem", PMEM << 20)];
+        Self { read_only, writable }
+    }
+
+    /// What is read-only holds what it did, and the rest is as long as it was.
+    fn check(&self, seed: u64) {
+        for path in &self.read_only {
+            let content = fs::read(path).unwrap();
+            assert!(content == pattern(content.len()), "seed {seed}: {} has changed", path.display());
+        }
+        let lengths = self.writable.each_ref().map(|path| fs::metadata(path).unwrap().len());
+        assert_eq!(lengths, [(DRIVE as u64) << 20, (PMEM as u64) << 20], "seed {seed}");
+    }
+}
+
+/// Listens at a socket, and gives everybody who connects what they send.
+fn echo(path: &Path) {
+    let listener = UnixListener::bind(path).unwrap();
+    thread::spawn(move || {
+        for stream in listener.incoming().take(PORTS as usize).flatten() {
+            thread::spawn(move || returned(stream));
+        }
+    });
+}
+
+fn returned(mut stream: UnixStream) {
+    let mut buffer = [0; 4096];
+    // The guest may end a connection at any time, which ends this as well.
+    while let Ok(count @ 1..) = stream.read(&mut buffer) {
+        if stream.write_all(&buffer[..count]).is_err() {
+            return;
+        }
+    }
+}
+
+/// A VM with every device there is, which plays the cases of a seed.
+struct Attack {
+    sandbox: Sandbox,
+    files: Files,
+    seed: u64,
+}
+
+impl Attack {
+    fn new(seed: u64) -> Self {
+        let sandbox = Sandbox::new();
+        let files = Files::make(&sandbox.files());
+        Self { sandbox, files, seed }
+    }
+
+    /// Writes the monitor's configuration.
+    fn config(&self) -> PathBuf {
+        let kernel =
+            std::env::var_os(tests::HOSTILE_GUEST_VARIABLE).expect("`cargo xtask e2e` names the hostile guest");
+        let socket = self.sandbox.files().join("echo");
+        echo(&socket);
+        let Files { read_only: [disk, memory], writable: [own_disk, own_memory] } = &self.files;
+        let ports: Vec<_> = (1..=PORTS).map(|port| json!({"port": port, "socket": socket})).collect();
+        let (process, thread) = (std::process::id(), nix::unistd::gettid());
+        let document = json!({
+            "vm": {
+                "kernel": PathBuf::from(kernel),
+                "memory_mib": MEMORY,
+                "memory_max_mib": MEMORY_MAX,
+                "command_line": format!("hostile.seed={} hostile.cases={}", self.seed, cases()),
+                "drives": [{"file": {"path": disk}, "read_only": true}, {"file": {"path": own_disk}}],
+                "pmem": [{"file": {"path": memory}, "read_only": true}, {"file": {"path": own_memory}}],
+                "networks": [{"tap": {"name": "tap0"}, "mac": "02:00:00:00:00:02", "queue_pairs": 2}],
+                "vsock": ports,
+                "balloon": true,
+                "serial": true,
+            },
+            "jail": {"network_namespace": format!("/proc/{process}/task/{thread}/ns/net")},
+        });
+        let path = self.sandbox.files().join("config.json");
+        fs::write(&path, document.to_string()).unwrap();
+        path
+    }
+
+    /// The most memory that a monitor of this VM has had, in KiB, as long as there is one.
+    fn peak_kib(&self) -> u64 {
+        let peak = |pid: u32| -> Option<u64> {
+            let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+            let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+            line.trim().trim_end_matches(" kB").parse().ok()
+        };
+        self.sandbox.monitors().into_iter().filter_map(peak).max().unwrap_or(0)
+    }
+
+    /// Runs it to its end, and looks at what is beside it meanwhile; gives its end, and the most memory that it had.
+    fn run(&self, beside: &Bystander<'_>) -> (Ended, u64) {
+        let (monitor, config) = (programs().join("cofferdam-vmm"), self.config());
+        let running = self.sandbox.program(monitor.to_str().unwrap(), ["--config", config.to_str().unwrap()]).start();
+        let (process, began) = (watch(running.pid()), Instant::now());
+        let limit = PATIENCE * u32::try_from(cases().div_ceil(100)).unwrap();
+        let mut peak = 0;
+        while !ends(&process, Duration::from_millis(300)) {
+            peak = peak.max(self.peak_kib());
+            beside.is_undisturbed();
+            assert!(began.elapsed() < limit, "seed {}: does not end within {limit:?}", self.seed);
+        }
+        (running.end(), peak)
+    }
+}
+
+#[test]
+fn a_guest_that_attacks_every_device_harms_only_itself() {
+    let _network = Network::new("tap multi_queue");
+    let quiet = Sandbox::new();
+    let beside = Bystander::start(&quiet);
+    for seed in SEEDS {
+        let attack = Attack::new(seed);
+        let (ended, peak) = attack.run(&beside);
+        let said = &ended.stderr;
+        let lines = || said.lines().filter(|line| line.starts_with("hostile: "));
+        let last = lines().next_back().unwrap_or_default();
+        // Not by a signal, and not by an error: the guest has powered off.
+        assert_eq!((ended.code(), ended.text()), (0, ""), "seed {seed}: {last}");
+        assert!(!said.contains("panicked"), "seed {seed}: {last}");
+        let faults: Vec<_> = lines().filter(|line| line.contains("FAULT")).collect();
+        assert!(faults.is_empty(), "{faults:#?}");
+        let expected = format!("hostile: {0} cases, {0} survived, ", cases());
+        assert!(last.starts_with(&expected), "seed {seed}: {last}");
+        eprintln!("seed {seed}: {last}; the monitor had {peak} KiB");
+        let bound = MEMORY_MAX + 2 * PMEM as u64 + OWN;
+        assert!(peak > 0 && peak < bound << 10, "seed {seed}: the monitor had {peak} KiB, not below {bound} MiB");
+        attack.files.check(seed);
+        beside.is_undisturbed();
+    }
+}
