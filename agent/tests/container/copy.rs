@@ -386,6 +386,7 @@ fn copy_in_nowhere(host: &mut Host) -> Failure {
     host.call(Call::CopyIn { container: "c".into(), path: "/target".into(), port: 9 }).unwrap_err()
 }
 
+/// CVE-2018-15664 (docker cp): a directory was a link by the time it was written to.
 #[test]
 fn a_tree_that_changes_under_a_copy_leads_nowhere() {
     let image = Image::new();

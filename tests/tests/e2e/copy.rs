@@ -37,6 +37,7 @@ fn files_and_trees_go_both_ways() {
     copy("host:/a", "host:/b").failed(1, &["one side must be here"]);
 }
 
+/// CVE-2018-15664 with links that stay; `agent/tests/container/copy.rs` exchanges them while it copies.
 #[test]
 fn a_link_in_the_container_leads_nowhere_else() {
     let sandbox = Sandbox::new();

@@ -13,6 +13,7 @@ mod faults;
 mod hostile;
 mod images;
 mod jail;
+mod known_holes;
 mod life;
 mod limits;
 mod memory;

@@ -184,6 +184,7 @@ fn boot(sandbox: &Sandbox, script: &str) -> Booted {
     Booted { said: ended.stderr, image, read_only, writable }
 }
 
+/// CVE-2026-24834, by a guest's own kernel (`vmm/src/machine/tests.rs` has it by hand).
 #[test]
 fn a_file_that_is_memory_of_the_guest_is_read_only_if_it_is_to_be() {
     let sandbox = Sandbox::new();

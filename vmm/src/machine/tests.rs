@@ -62,6 +62,7 @@ fn run(read_only: bool) -> (u64, u64, Vec<u64>, u64) {
     (general.rax, general.rdx, written, u64::from_le_bytes(content))
 }
 
+/// CVE-2026-24834 (Kata Containers with Cloud Hypervisor): a read-only file was one by the driver's good will alone.
 #[test]
 fn a_guest_cannot_change_a_file_that_it_may_only_read() {
     assert_eq!(run(true), (BEFORE, BEFORE, vec![ABOVE_4G], BEFORE));
