@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+mod abuse;
 mod api;
 mod bad_input;
 mod copy;

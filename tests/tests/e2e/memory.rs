@@ -14,7 +14,7 @@ use crate::api::{curl, json_of};
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Waits until `look` finds what it looks for.
-fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+pub(crate) fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let began = Instant::now();
     loop {
         if let Some(found) = look() {

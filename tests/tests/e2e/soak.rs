@@ -16,7 +16,7 @@ fn rounds(few: usize) -> usize {
 }
 
 /// The memory of a process that is its own, without the guest's, which is shared or lies in huge mappings of its own.
-fn private_kib(pid: u32, guest_kib: u64) -> u64 {
+pub(crate) fn private_kib(pid: u32, guest_kib: u64) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
     let (mut sum, mut mapping) = (0, 0);
     for line in text.lines() {
