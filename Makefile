@@ -1,5 +1,5 @@
 # A menu: the logic is in xtask/ (`cargo xtask --help`).
-.PHONY: build test demo check deny e2e setup clean
+.PHONY: build test demo check deny advisories e2e setup clean
 
 build: ; @cargo xtask build
 test:  ; @cargo xtask test
@@ -8,6 +8,8 @@ demo:  ; @cargo xtask demo
 check: ; @cargo xtask check
 # Licences and sources of dependencies; needs `cargo install cargo-deny`.
 deny:  ; @cargo xtask deny
+# Known holes of dependencies: fetches the RustSec advisory database, or takes the clone in $COFFERDAM_ADVISORIES.
+advisories: ; @cargo xtask advisories
 # The tests that boot guests, alone.
 e2e:   ; @cargo xtask e2e
 setup: ; @cargo xtask setup

@@ -7,7 +7,7 @@ use std::io;
 
 use rustix::fs::{self, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::{MountAttrFlags, MountFlags, mount};
+use rustix::mount::{MountAttrFlags, MountFlags, mount, mount_remount};
 use rustix::process::{Resource, Rlimit, chroot, fchdir, setrlimit};
 use rustix::system::{RebootCommand, reboot};
 use thiserror::Error;
@@ -64,7 +64,8 @@ pub fn prepare() -> Result<(), BootError> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let initramfs = fs::open("/", flags, Mode::empty()).step("open the initramfs")?;
     // The agent's own program is there, and what is executed in a container can name it (`/proc/self/exe`).
-    sys::set_mount_attributes(&initramfs, libc::MOUNT_ATTR_RDONLY, false).step("close the initramfs for writing")?;
+    // By mount(2): mount_setattr(2) takes the root of all mounts since Linux 6.8 alone.
+    mount_remount("/", MountFlags::BIND | MountFlags::RDONLY, "").step("close the initramfs for writing")?;
     filesystem::attach(&root, &initramfs).step("mount the agent's root")?;
     fchdir(&root).step("enter the agent's root")?;
     chroot(".").step("change to the agent's root")?;

@@ -14,5 +14,7 @@ fn main() {
             println!("cargo:rustc-link-arg-bins={word}");
         }
         println!("cargo:rustc-link-arg-bins=-Wl,-T{folder}/guest.ld");
+        // The core library was compiled to unwind. What it refers to is dropped with what is not called, but not without LTO.
+        println!("cargo:rustc-link-arg-bins=-Wl,--defsym=rust_eh_personality=0");
     }
 }

@@ -68,6 +68,8 @@ enum Task {
     Tidy,
     /// Check licences and sources of dependencies
     Deny,
+    /// Check dependencies against the RustSec advisory database
+    Advisories,
     /// Measure what a prepared root holds, and leave the result in a folder
     #[command(hide = true)]
     BenchMeasure(bench::MeasureArgs),
@@ -106,6 +108,7 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Openapi => build::openapi()?,
         Task::Tidy => tidy::tidy()?,
         Task::Deny => test::deny()?,
+        Task::Advisories => test::advisories()?,
         Task::LabHold => lab::hold()?,
         Task::LabRelay { port } => println!("{}", lab::relay(&port)?),
     }

@@ -11,6 +11,9 @@ use crate::command::run;
 use crate::e2e::{self, e2e};
 use crate::{build, debian, paths, tidy};
 
+/// The database of advisories, as cargo-deny names it.
+const ADVISORIES: &str = "https://github.com/RustSec/advisory-db";
+
 /// The whole suite.
 pub fn test(filters: &[OsString]) -> Result<ExitCode> {
     step("setup", debian::setup)?;
@@ -41,6 +44,24 @@ pub fn check() -> Result<()> {
 pub fn deny() -> Result<()> {
     run(cargo().args(["deny", "--workspace", "check", "bans", "licenses", "sources"]))
         .context("the dependencies break a rule of deny.toml, or cargo-deny is missing (`cargo install cargo-deny`)")
+}
+
+/// Whether an advisory of the RustSec database applies to what we depend on. Not a part of [`check`]: the answer is another one
+/// when the database is, and it is fetched. `$COFFERDAM_ADVISORIES` is a clone of it to be fetched from instead.
+pub fn advisories() -> Result<()> {
+    let mut deny = cargo();
+    deny.args(["deny", "--workspace", "check", "advisories"]);
+    if let Some(clone) = std::env::var_os("COFFERDAM_ADVISORIES") {
+        let clone = std::fs::canonicalize(&clone).with_context(|| format!("cannot find {}", clone.display()))?;
+        // git takes the one address for the other (`url.<base>.insteadOf` of git-config(1)).
+        deny.env("GIT_CONFIG_COUNT", "1")
+            .env("GIT_CONFIG_KEY_0", format!("url.file://{}.insteadOf", clone.display()))
+            .env("GIT_CONFIG_VALUE_0", ADVISORIES);
+    }
+    run(&mut deny).context(
+        "an advisory applies to a dependency, its database cannot be fetched (a clone can be named with \
+         COFFERDAM_ADVISORIES), or cargo-deny is missing (`cargo install cargo-deny`)",
+    )
 }
 
 /// Tests that run anywhere.

@@ -1,10 +1,13 @@
 //! `cargo xtask tidy`: promises about the tree's structure that no compiler checks.
 //!
 //! - who may depend on whom ([`RULES`]), from `cargo metadata`;
-//! - crates forbid unsafe code unless [`UNSAFE_ALLOWED`] names them;
+//! - crates forbid unsafe code unless [`UNSAFE_ALLOWED`] names them, and take the workspace's lints over;
+//! - what the documentation says of unsafe code, system calls and tests is so ([`security`]);
 //! - every Rust file opens with module documentation, and none grows past [`LINES_MAX`];
 //! - paths that the documentation names exist;
 //! - no notes to self and no words that do not belong in the tree ([`banned`]).
+
+mod security;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -54,6 +57,7 @@ fn banned() -> [String; 5] {
 pub fn tidy() -> Result<()> {
     let root = paths::root();
     let mut findings = dependencies()?;
+    findings.extend(security::documents(&root, &UNSAFE_ALLOWED.map(|(name, _)| name))?);
     let files = files(&root)?;
     let top: BTreeSet<String> =
         files.iter().filter_map(|file| Some(file.iter().next()?.to_str()?.to_owned())).collect();
@@ -63,9 +67,11 @@ pub fn tidy() -> Result<()> {
         findings.extend(words(&name, &text));
         match file.extension().and_then(|extension| extension.to_str()) {
             Some("rs") => findings.extend(rust(&name, &text)),
-            Some("md") if name == "ARCHITECTURE.md" || name.starts_with("docs/") => {
+            Some("md") if ["ARCHITECTURE.md", "SECURITY.md"].contains(&&*name) || name.starts_with("docs/") => {
                 let exists = |path: &str| root.join(path).exists() || root.join(file).with_file_name(path).exists();
                 findings.extend(named_paths(&text, &top, exists).map(|path| format!("{name}: {path} does not exist")));
+                let tests = security::missing_tests(&text, |path| fs::read_to_string(root.join(path)).ok());
+                findings.extend(tests.iter().map(|test| format!("{name}: there is no test {test}")));
             }
             _ => {}
         }
@@ -91,6 +97,10 @@ fn dependencies() -> Result<Vec<String>> {
     let members: BTreeSet<String> = list(&metadata["workspace_members"]).iter().map(string).collect();
     for package in list(&metadata["packages"]) {
         let (id, name) = (string(&package["id"]), string(&package["name"]));
+        if members.contains(&id) {
+            let manifest = string(&package["manifest_path"]);
+            findings.extend(security::inherits_lints(&name, Path::new(&manifest)));
+        }
         if members.contains(&id) && !UNSAFE_ALLOWED.iter().any(|(allowed, _)| *allowed == name) {
             for target in list(&package["targets"]) {
                 findings.extend(forbids_unsafe(&name, &target));
