@@ -4,13 +4,13 @@
 //! receive queue are never used. The text is untrusted.
 
 use std::collections::VecDeque;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::GuestMemory;
 use crate::device::{Broken, Event, Resources, VirtioDevice, Watch, read_config_bytes};
 use crate::limit::Limiter;
-use crate::queue::{Chain, Served};
+use crate::queue::{Buffers, Chain, Served};
 
 /// How much of the end of the output is kept: a kernel oops with its stack is about 4 KiB.
 const TAIL_MAX: usize = 16 << 10;
@@ -102,14 +102,17 @@ impl Console {
     /// Takes what the guest prints.
     fn take(&mut self, memory: &GuestMemory, chain: Chain<'_>) {
         self.requests += 1;
-        let Ok(reader) = chain.reader(memory) else { return };
-        let length = reader.available_bytes();
-        let mut reader = reader.take(REQUEST_MAX as u64);
+        let Ok(mut buffers) = Buffers::of(memory, chain) else { return };
+        let length = buffers.readable_length();
         let mut piece = [0; 512];
         let mut taken = 0;
-        while let Ok(count @ 1..) = reader.read(&mut piece) {
-            let _ = self.output.write_all(&piece[..count]);
-            taken += count;
+        loop {
+            let piece = &mut piece[..(length.min(REQUEST_MAX) - taken).min(512)];
+            if piece.is_empty() || buffers.take(piece).is_none() {
+                break;
+            }
+            let _ = self.output.write_all(piece);
+            taken += piece.len();
         }
         self.bytes += taken as u64;
         self.dropped += length.saturating_sub(taken) as u64;

@@ -8,12 +8,11 @@
 //! block device.
 
 use std::fs::File;
-use std::io::{Read as _, Write as _};
 use std::ops::Range;
 
 use crate::GuestMemory;
 use crate::device::{Broken, Event, Resources, VirtioDevice, read_config_bytes};
-use crate::queue::Chain;
+use crate::queue::{Buffers, Chain};
 
 /// The one type of request (§5.19.6): `struct virtio_pmem_req`, whose answer is a `struct virtio_pmem_resp`.
 const FLUSH: u32 = 0;
@@ -45,8 +44,8 @@ impl Pmem {
     /// Serves one request and returns how many bytes were written into its buffers.
     fn serve(&mut self, memory: &GuestMemory, chain: Chain<'_>) -> Result<u32, &'static str> {
         let mut kind = [0; 4];
-        let mut reader = chain.clone().reader(memory).map_err(|_| "a request lies outside of memory")?;
-        reader.read_exact(&mut kind).map_err(|_| "a request is too short")?;
+        let mut buffers = Buffers::of(memory, chain)?;
+        buffers.take(&mut kind).ok_or("a request is too short")?;
         let answer = match (u32::from_le_bytes(kind), &self.file) {
             (FLUSH, Some(file)) if file.sync_data().is_err() => FAILED,
             (FLUSH, _) => OK,
@@ -55,8 +54,7 @@ impl Pmem {
         let counter = if answer == OK { &mut self.counters.flushes } else { &mut self.counters.failed_requests };
         *counter += 1;
         let answer = answer.to_le_bytes();
-        let mut writer = chain.writer(memory).map_err(|_| "a response lies outside of memory")?;
-        writer.write_all(&answer).map_err(|_| "a request has no room for the response")?;
+        buffers.put(&answer).ok_or("a request has no room for the response")?;
         Ok(answer.len() as u32)
     }
 }

@@ -48,14 +48,20 @@ pub struct Buffers<'m> {
 }
 
 impl<'m> Buffers<'m> {
-    /// Looks the descriptors of a chain up in guest memory.
+    /// Looks the descriptors of a chain up in guest memory. The only way to walk a chain that its driver made as long as it
+    /// liked: an indirect table may claim 65,535 descriptors, and a few that lead to each other are as many.
     ///
     /// # Errors
-    /// What is wrong with the chain: it reaches out of memory, or has more buffers than a queue has places.
+    /// What is wrong with the chain: it reaches out of memory, or has more buffers than a queue has places (§2.7.5.3.1).
     pub fn of(memory: &'m GuestMemory, chain: Chain<'m>) -> Result<Self, &'static str> {
         const OUTSIDE: &str = "a buffer lies outside of memory";
+        const TOO_MANY: &str = "a request has too many buffers";
         let mut buffers = Self::default();
-        for descriptor in chain {
+        for (count, descriptor) in chain.enumerate() {
+            // Also of those that are empty.
+            if count >= BUFFERS_MAX {
+                return Err(TOO_MANY);
+            }
             if descriptor.is_write_only() && descriptor.len() > 0 {
                 buffers.writable_end = descriptor.addr().checked_add(u64::from(descriptor.len()) - 1);
             }
@@ -69,7 +75,7 @@ impl<'m> Buffers<'m> {
                 side.push(slice.map_err(|_| OUTSIDE)?);
             }
             if side.len() > BUFFERS_MAX {
-                return Err("a request has too many buffers");
+                return Err(TOO_MANY);
             }
         }
         Ok(buffers)
@@ -91,6 +97,41 @@ impl<'m> Buffers<'m> {
         }
         Some(())
     }
+}
+
+impl Buffers<'_> {
+    /// How many bytes the driver wrote.
+    #[must_use]
+    pub fn readable_length(&self) -> usize {
+        length(&self.readable)
+    }
+
+    /// How many bytes there is room for.
+    #[must_use]
+    pub fn writable_length(&self) -> usize {
+        length(&self.writable)
+    }
+
+    /// Writes `bytes` to the first of the room, which is none any more; `None` when there is less.
+    pub fn put(&mut self, bytes: &[u8]) -> Option<()> {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let first = self.writable.first_mut()?;
+            let (now, later) = rest.split_at(first.len().min(rest.len()));
+            first.write_slice(now, 0).ok()?;
+            if now.len() == first.len() {
+                self.writable.remove(0);
+            } else {
+                *first = first.offset(now.len()).ok()?;
+            }
+            rest = later;
+        }
+        Some(())
+    }
+}
+
+fn length(slices: &[VolatileSlice<'_>]) -> usize {
+    slices.iter().fold(0, |sum: usize, slice| sum.saturating_add(slice.len()))
 }
 
 /// The interrupt line of a device and the reason it was raised (VIRTIO 1.2 §4.2.2, InterruptStatus).

@@ -3,12 +3,10 @@
 //! The guest sends empty writable buffers on the one queue; each comes back filled with bytes of the host's `getrandom(2)`.
 //! No features, no configuration space; the state is how much may still be taken.
 
-use std::io::Write;
-
 use crate::GuestMemory;
 use crate::device::{Broken, Event, Resources, VirtioDevice, Watch, read_config_bytes};
 use crate::limit::Limiter;
-use crate::queue::{Chain, Served};
+use crate::queue::{Buffers, Chain, Served};
 
 /// The most bytes given for one request; Linux asks for 64. A larger buffer is filled up to here, which the specification
 /// allows, so that a request costs the host a bounded time.
@@ -44,18 +42,19 @@ impl Rng {
 
 /// Fills a chain with random bytes as far as it has room, and says how many.
 fn fill(memory: &GuestMemory, chain: Chain<'_>) -> u32 {
-    let Ok(mut writer) = chain.writer(memory) else { return 0 };
+    let Ok(mut buffers) = Buffers::of(memory, chain) else { return 0 };
     let mut piece = [0u8; PIECE];
-    let mut rest = writer.available_bytes().min(REQUEST_MAX);
+    let room = buffers.writable_length().min(REQUEST_MAX);
+    let mut rest = room;
     while rest > 0 {
         let wanted = &mut piece[..rest.min(PIECE)];
         let Ok(got @ 1..) = rustix::rand::getrandom(&mut *wanted, rustix::rand::GetRandomFlags::empty()) else { break };
-        if writer.write_all(&wanted[..got]).is_err() {
+        if buffers.put(&wanted[..got]).is_none() {
             break;
         }
         rest -= got;
     }
-    u32::try_from(writer.bytes_written()).unwrap_or(0)
+    u32::try_from(room - rest).unwrap_or(0)
 }
 
 impl VirtioDevice for Rng {

@@ -161,6 +161,17 @@ impl Driver {
         head
     }
 
+    /// As [`Driver::offer_indirect`], with a table that claims to be as long as any can be, and whose first buffer leads to
+    /// itself.
+    pub fn offer_endless(&mut self, queue: usize, buffer: Buffer) -> u16 {
+        let head = self.offer_indirect(queue, &[buffer]);
+        let at = rings(queue) + u64::from(head) * 16;
+        let table = self.memory.read_obj(GuestAddress(at)).unwrap();
+        self.describe(table, buffer, Some(0));
+        self.memory.write_obj(0xffff_u32 * 16, GuestAddress(at + 8)).unwrap();
+        head
+    }
+
     fn describe(&self, at: u64, buffer: Buffer, next: Option<u16>) {
         let flags = u16::from(next.is_some()) | if buffer.writable { 2 } else { 0 };
         self.memory.write_obj(buffer.address, GuestAddress(at)).unwrap();

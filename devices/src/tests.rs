@@ -15,12 +15,17 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MQ};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::balloon::Balloon;
+use crate::balloon::host::HostBalloon;
 use crate::blk::{Blk, Options};
 use crate::console::{Console, ConsoleOutput};
 use crate::device::{Event, VirtioDevice};
 use crate::limit::{Limiter, Rate};
+use crate::mem::Mem;
+use crate::mem::host::HostMem;
 use crate::net::peer::{SHORT_HEADER, Wire, tap};
 use crate::net::{Net, NetOptions};
+use crate::pmem::Pmem;
 use crate::ring_io::RingIo;
 use crate::rng::Rng;
 use crate::testing::{BUFFERS, Buffer, Driver};
@@ -282,4 +287,33 @@ fn every_figure_of_a_network_device_counts() {
         driver.device.dispatch(Event::Queue(4));
     });
     assert_eq!(idle, BTreeSet::from(["tap_errors", "transmit_tap_full"]));
+}
+
+#[test]
+fn a_chain_longer_than_any_queue_is_not_followed_to_its_end() {
+    let (balloon, mem) = (HostBalloon::new().unwrap(), HostMem::new(2 << 20).unwrap());
+    let disk = tempfile::tempfile().unwrap();
+    disk.set_len(1 << 20).unwrap();
+    let devices: [(Box<dyn VirtioDevice>, usize); 5] = [
+        (Box::new(Blk::new(disk, Options { queues: 1, ..Options::default() }).unwrap()), 0),
+        (Box::new(Balloon::new(balloon)), 0),
+        (Box::new(Mem::new(mem, 0)), 0),
+        (Box::new(Pmem::new(None, 0..0)), 0),
+        (Box::new(Vsock::new(HostPorts::default(), None).unwrap()), 1),
+    ];
+    for (device, queue) in devices {
+        let mut driver = Driver::new(device).start();
+        driver.offer_endless(queue, data(0, 1));
+        driver.device.dispatch(Event::Queue(queue as u16));
+        assert_eq!(driver.read(0x70) & 0x40, 0x40, "{}", driver.device.kind());
+    }
+    // Those two have nothing to say of a request but how much of it they took.
+    let mut driver = Driver::new(Box::new(Rng::default())).start();
+    let head = driver.offer_endless(0, room(0, 1));
+    driver.device.dispatch(Event::Queue(0));
+    assert_eq!((driver.used(0), driver.metric("entropy_bytes")), (Some((head, 0)), 0));
+    let mut driver = Driver::new(Box::new(Console::new(ConsoleOutput::default(), None))).start();
+    let head = driver.offer_endless(1, data(0, 1));
+    driver.device.dispatch(Event::Queue(1));
+    assert_eq!((driver.used(1), driver.metric("output_bytes")), (Some((head, 0)), 0));
 }

@@ -12,13 +12,12 @@ pub mod host;
 #[cfg(test)]
 mod tests;
 
-use std::io::{Read as _, Write as _};
 use std::ops::Range;
 
 use self::host::{BLOCK, HostMem};
 use crate::GuestMemory;
 use crate::device::{Broken, Event, Resources, Trigger, VirtioDevice, Watch, read_config_bytes};
-use crate::queue::Chain;
+use crate::queue::{Buffers, Chain};
 use crate::reclaim::discard_range;
 
 /// VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE (§5.15.3).
@@ -106,14 +105,13 @@ impl Mem {
     /// Serves one request and returns how many bytes were written into its buffers.
     fn serve(&mut self, memory: &GuestMemory, chain: Chain<'_>) -> Result<u32, &'static str> {
         let mut request = [0; REQUEST_LENGTH];
-        let mut reader = chain.clone().reader(memory).map_err(|_| "a request lies outside of memory")?;
-        reader.read_exact(&mut request).map_err(|_| "a request is too short")?;
+        let mut buffers = Buffers::of(memory, chain)?;
+        buffers.take(&mut request).ok_or("a request is too short")?;
         let response = self.execute(memory, request);
         if matches!(response, Response::Refused | Response::Busy | Response::Error) {
             self.counters.refused_requests += 1;
         }
-        let mut writer = chain.writer(memory).map_err(|_| "a response lies outside of memory")?;
-        writer.write_all(&response.encode()).map_err(|_| "a request has no room for the response")?;
+        buffers.put(&response.encode()).ok_or("a request has no room for the response")?;
         Ok(RESPONSE_LENGTH)
     }
 
