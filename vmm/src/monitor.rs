@@ -4,8 +4,10 @@
 //! fault. Each arrives as an [`End`] at the event loop. After the guest's end, what it had already said is delivered, and
 //! the API, which then finds its conversation with the agent closed, says what that means.
 
+use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -89,6 +91,8 @@ impl Ender {
 pub struct Inside {
     /// The id of this process outside.
     pub pid: u32,
+    /// `/proc/PID/statm` of this process, which no path leads to.
+    pub statm: File,
     /// What the VM is made of.
     pub resources: Resources,
     /// Where the container's log and the record of its end go.
@@ -104,6 +108,7 @@ pub fn enter(config: &LaunchConfig, tied: Option<OwnedFd>) -> Result<Inside, Mon
     // The file system's word is that of whoever has mounted it, outside of this process's namespace.
     let pid = std::fs::read_link("/proc/self").ok().and_then(|link| link.to_str()?.parse().ok());
     let pid = pid.unwrap_or_else(std::process::id);
+    let statm = File::open("/proc/self/statm").map_err(system("open /proc/self/statm"))?;
     let resources = Resources::open(vm)?;
     let id = config.container.as_ref().map(|container| container.spec.id.clone());
     let id = id.or_else(|| Some(config.folder.as_ref()?.display().to_string())).unwrap_or_default();
@@ -120,7 +125,7 @@ pub fn enter(config: &LaunchConfig, tied: Option<OwnedFd>) -> Result<Inside, Mon
     {
         return Err(system("go on without the process that started it")(io::ErrorKind::BrokenPipe.into()));
     }
-    Ok(Inside { pid, resources, folder })
+    Ok(Inside { pid, statm, resources, folder })
 }
 
 /// Runs a VM to its end, and serves its API at `listener`.
@@ -133,7 +138,7 @@ pub fn run(
     listener: Option<UnixListener>,
     started: u64,
 ) -> Result<Outcome, MonitorError> {
-    let Inside { pid, resources, folder } = inside;
+    let Inside { pid, statm, resources, folder } = inside;
     let ports = resources.ports.clone();
     let served = config.container.is_some() || listener.is_some();
     let mut machine = machine::build(&config.vm, resources, !served)?;
@@ -156,7 +161,8 @@ pub fn run(
             device.lock().unwrap_or_else(PoisonError::into_inner).kind()
         };
         let kinds = bus.devices.iter().map(kind).collect();
-        let handle = Handle { pid, bus, kinds, console, memory, ports: ports.clone(), vcpus: Arc::clone(&vcpus) };
+        let handle =
+            Handle { pid, statm, bus, kinds, console, memory, ports: ports.clone(), vcpus: Arc::clone(&vcpus) };
         let LaunchConfig { vm, container, .. } = config;
         let machine: Arc<dyn server::Machine> = Arc::new(handle);
         let setup = Setup { config: vm, container, listener, folder, machine, agent, boot, guest_ended };
@@ -299,9 +305,16 @@ pub(crate) fn confine(kind: jailer::Thread) {
     }
 }
 
+/// The bytes of resident memory that `/proc/PID/statm` tells, in pages of 4 KiB (proc(5)).
+fn resident(statm: &[u8]) -> Option<u64> {
+    let pages: u64 = std::str::from_utf8(statm).ok()?.split_whitespace().nth(1)?.parse().ok()?;
+    Some(pages << 12)
+}
+
 /// The machine as the API knows it.
 struct Handle {
     pid: u32,
+    statm: File,
     bus: Bus,
     kinds: Vec<&'static str>,
     console: devices::console::ConsoleOutput,
@@ -313,6 +326,12 @@ struct Handle {
 impl server::Machine for Handle {
     fn pid(&self) -> u32 {
         self.pid
+    }
+
+    fn resident_bytes(&self) -> u64 {
+        let mut text = [0; 128];
+        let length = self.statm.read_at(&mut text, 0).unwrap_or(0);
+        resident(&text[..length]).unwrap_or(0)
     }
 
     fn pause(&self) {

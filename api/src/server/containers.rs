@@ -345,7 +345,7 @@ pub(super) async fn stats(State(context): State<Shared>, Path(id): Path<String>)
         },
         pids: PidsStats { current: stats.pids, limit: limit(stats.pids_limit) },
         io: IoStats { read_bytes: stats.io_read_bytes, written_bytes: stats.io_written_bytes },
-        host: super::machine::host_stats(),
+        host: super::machine::host_stats(&context),
     }))
 }
 

@@ -20,9 +20,6 @@ use super::{Context, DeviceFigures, Shared, memory};
 use crate::config::VmConfig;
 use crate::model::{ContainerStatus, Event, EventKind, HostStats, Vm, VmState, VmUpdate};
 
-/// The size of a page, in which proc(5) counts memory.
-const PAGE: u64 = 4096;
-
 /// Show the VM
 #[utoipa::path(get, path = "/v1/vm", tag = "vm", responses((status = 200, body = Vm)))]
 pub(super) async fn show(State(context): State<Shared>) -> Json<Vm> {
@@ -205,7 +202,7 @@ fn lines(events: &[Event]) -> io::Result<String> {
 /// Figures for Prometheus
 #[utoipa::path(get, path = "/v1/metrics", tag = "vm", responses((status = 200, content_type = "text/plain")))]
 pub(super) async fn metrics(State(context): State<Shared>) -> Response {
-    let host = host_stats();
+    let host = host_stats(&context);
     let (up, running, vcpus) = {
         let state = context.vm.state();
         let running = state.containers.values().filter(|entry| entry.state.status == ContainerStatus::Running);
@@ -253,14 +250,12 @@ fn device_figures(devices: &[DeviceFigures]) -> String {
     text
 }
 
-/// What this process costs: its CPU clock (clock_gettime(2)) and its resident memory (proc(5)).
-pub(super) fn host_stats() -> HostStats {
+/// What this process costs: its CPU clock (clock_gettime(2)) and its resident memory.
+pub(super) fn host_stats(context: &Context) -> HostStats {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
     let (seconds, nanoseconds) = (u64::try_from(time.tv_sec), u64::try_from(time.tv_nsec));
     let cpu_us = seconds.unwrap_or(0) * 1_000_000 + nanoseconds.unwrap_or(0) / 1000;
-    let statm = std::fs::read_to_string("/proc/self/statm").ok();
-    let pages = statm.and_then(|text| text.split_whitespace().nth(1)?.parse::<u64>().ok()).unwrap_or(0);
-    HostStats { cpu_us, resident_bytes: pages * PAGE }
+    HostStats { cpu_us, resident_bytes: context.machine.resident_bytes() }
 }
 
 #[cfg(test)]

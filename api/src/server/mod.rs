@@ -62,6 +62,8 @@ const FIRST_PORT: u32 = protocol::CONTROL_PORT + 1;
 pub trait Machine: Send + Sync {
     /// The id of this process as others know it: its own is that of its namespace.
     fn pid(&self) -> u32;
+    /// Its resident memory in bytes, the guest's included.
+    fn resident_bytes(&self) -> u64;
 
     /// Stops all vCPUs where they are.
     fn pause(&self);

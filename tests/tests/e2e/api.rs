@@ -28,6 +28,8 @@ fn a_vm_tells_what_it_is() {
     assert_eq!((code, &document["openapi"]), (200, &json!("3.1.0")));
     let (code, metrics) = curl(&sandbox, &pod, &[], "/v1/metrics");
     assert!(code == 200 && metrics.contains("# TYPE"), "{metrics}");
+    let resident = metrics.lines().find_map(|line| line.strip_prefix("cofferdam_monitor_resident_bytes "));
+    assert!(resident.is_some_and(|bytes| bytes.parse::<u64>().unwrap() > 1 << 20), "{metrics}");
     let (code, console) = curl(&sandbox, &pod, &[], "/v1/vm/console");
     assert_eq!(code, 200, "{console}");
 }
