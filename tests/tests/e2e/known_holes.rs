@@ -58,6 +58,9 @@ impl Running<'_> {
         assert_eq!(drives.len(), 1, "{config}");
         assert!(drives[0]["file"]["descriptor"].is_i64() && drives[0]["read_only"] == true, "{config}");
         config["vm"]["drives"] = json!(null);
+        // Named after its id.
+        assert_eq!(config["jail"]["cgroups"].as_array().map(Vec::len), Some(1), "{config}");
+        config["jail"]["cgroups"] = json!(null);
         json!({ "vm": config["vm"], "jail": config["jail"], "restart": config["restart"] })
     }
 
