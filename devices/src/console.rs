@@ -11,6 +11,7 @@ use crate::GuestMemory;
 use crate::device::{Broken, Event, Resources, VirtioDevice, Watch, read_config_bytes};
 use crate::limit::Limiter;
 use crate::queue::{Buffers, Chain, Served};
+use crate::state::{self, StateError};
 
 /// How much of the end of the output is kept: a kernel oops with its stack is about 4 KiB.
 const TAIL_MAX: usize = 16 << 10;
@@ -156,6 +157,15 @@ impl VirtioDevice for Console {
 
     fn reset(&mut self) {
         self.limiter.iter_mut().for_each(Limiter::reset);
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        Ok(state::encode(&Limiter::save(&self.limiter)))
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        Limiter::restore(&mut self.limiter, state::decode("console", state)?);
+        Ok(())
     }
 
     fn watched(&self) -> Vec<Watch> {

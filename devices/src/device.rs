@@ -9,6 +9,7 @@ use thiserror::Error;
 
 use crate::GuestMemory;
 use crate::queue::VirtQueue;
+use crate::state::StateError;
 
 /// The driver broke a rule that the device cannot answer with an error status. The transport sets DEVICE_NEEDS_RESET
 /// (VIRTIO 1.2 §2.1.2) and does not call the device until the driver resets it.
@@ -101,6 +102,33 @@ pub trait VirtioDevice: Send {
 
     /// Forgets everything that the driver set up. Must be idempotent, and leave the device as it was when new.
     fn reset(&mut self);
+
+    /// Brings what is under way to an end, so that nothing of the driver's is held that [`VirtioDevice::save`] does not keep.
+    /// The device goes on as before then, unless it is dropped.
+    ///
+    /// # Errors
+    /// As [`VirtioDevice::process`].
+    fn quiesce(&mut self, _resources: Resources<'_>) -> Result<(), Broken> {
+        Ok(())
+    }
+
+    /// What the device keeps besides its queues and the features that were agreed on, encoded. What is the host's is not in
+    /// it. Called after [`VirtioDevice::quiesce`].
+    ///
+    /// # Errors
+    /// [`StateError::Busy`] when that did not come to an end; [`StateError::Unsupported`], unless the device says otherwise.
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        Err(StateError::Unsupported(self.device_type()))
+    }
+
+    /// Takes over what [`VirtioDevice::save`] gave, of a device that was made like this one. Called after
+    /// [`VirtioDevice::start`], if there was a driver. The state is not to be believed; the device is reset if it is refused.
+    ///
+    /// # Errors
+    /// [`StateError`] says what is wrong with it.
+    fn restore(&mut self, _state: &[u8]) -> Result<(), StateError> {
+        Err(StateError::Unsupported(self.device_type()))
+    }
 
     /// Makes what the device will need later, and nothing to describe it to the driver. Called once, by the thread that will
     /// call [`VirtioDevice::process`], before that is confined and while the guest already begins.

@@ -7,6 +7,7 @@
 //! - [`balloon`], [`blk`], [`console`], [`mem`], [`net`], [`pmem`], [`rng`], [`vsock`]: one device a file or folder, each in
 //!   the same order: what it is, its limits, its errors, the device, its request processing, its tests.
 //! - [`reclaim`]: giving guest memory back to the host.
+//! - [`state`]: what is kept of a device when its VM is saved.
 //! - [`limit`]: token buckets for devices that move data.
 //! - [`guest_io`], [`ring_io`]: file input and output straight into guest memory; the only places with unsafe code.
 //! - [`serial`]: an early-boot aid, not a virtio device.
@@ -18,6 +19,8 @@
 
 pub mod balloon;
 pub mod blk;
+#[cfg(test)]
+mod conformance;
 pub mod console;
 pub mod device;
 pub mod guest_io;
@@ -31,6 +34,7 @@ pub mod reclaim;
 pub mod ring_io;
 pub mod rng;
 pub mod serial;
+pub mod state;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]

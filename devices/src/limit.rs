@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::device::{Trigger, Watch};
+use crate::state::LimiterState;
 
 /// The size of a bucket and how fast it fills.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -154,6 +155,28 @@ impl Limiter {
     /// stays used. Makes no system call.
     pub fn reset(&mut self) {
         self.waiting = false;
+    }
+
+    /// What is left, for a device that may have no limits.
+    pub(crate) fn save(limiter: &Option<Self>) -> Option<LimiterState> {
+        // Far more than is ever owed at once.
+        let tokens = |bucket: &Bucket| bucket.tokens.clamp(i64::MIN.into(), i64::MAX.into()) as i64;
+        let limiter = limiter.as_ref()?;
+        Some(LimiterState {
+            bytes: limiter.bytes.as_ref().map(tokens),
+            operations: limiter.operations.as_ref().map(tokens),
+        })
+    }
+
+    /// Takes over what was left, as far as the same is limited: how much is for whoever made the device, and no bucket has
+    /// more than that.
+    pub(crate) fn restore(limiter: &mut Option<Self>, state: Option<LimiterState>) {
+        let (Some(limiter), Some(state)) = (limiter, state) else { return };
+        for (bucket, tokens) in [(&mut limiter.bytes, state.bytes), (&mut limiter.operations, state.operations)] {
+            if let (Some(bucket), Some(tokens)) = (bucket, tokens) {
+                bucket.tokens = i128::from(tokens).min(bucket.size() + i128::from(bucket.rate.burst));
+            }
+        }
     }
 
     /// Lifts the limits, for what is left to do once the guest has ended.

@@ -13,6 +13,7 @@ use std::ops::Range;
 use crate::GuestMemory;
 use crate::device::{Broken, Event, Resources, VirtioDevice, read_config_bytes};
 use crate::queue::{Buffers, Chain};
+use crate::state::{self, StateError};
 
 /// The one type of request (§5.19.6): `struct virtio_pmem_req`, whose answer is a `struct virtio_pmem_resp`.
 const FLUSH: u32 = 0;
@@ -82,6 +83,15 @@ impl VirtioDevice for Pmem {
     }
 
     fn reset(&mut self) {}
+
+    /// All that it has is the host's.
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        Ok(state::encode(&()))
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        state::decode("persistent memory device", state)
+    }
 
     fn metrics(&self) -> Vec<(&'static str, u64)> {
         let Counters { flushes, failed_requests } = self.counters;

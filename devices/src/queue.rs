@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::GuestMemory;
 use crate::device::Broken;
 use crate::guest_io::BUFFERS_MAX;
+use crate::state::{QueueState, StateError, impossible};
 
 /// The largest queue that any of our devices offers.
 pub const QUEUE_SIZE_MAX: u16 = 256;
@@ -213,6 +214,48 @@ impl VirtQueue {
     /// Whether the driver made the queue ready and its rings lie in guest memory.
     pub fn is_usable(&self, memory: &GuestMemory) -> bool {
         self.ring.is_valid(memory)
+    }
+
+    /// What is kept of it.
+    pub(crate) fn save(&self) -> QueueState {
+        let ring = self.ring.state();
+        QueueState {
+            size: ring.size,
+            ready: ring.ready,
+            next_available: ring.next_avail,
+            next_used: ring.next_used,
+            descriptors: ring.desc_table,
+            available: ring.avail_ring,
+            used: ring.used_ring,
+        }
+    }
+
+    /// Takes over what was kept of a queue, which has to lie in memory if it is ready.
+    ///
+    /// # Errors
+    /// [`StateError::Impossible`] names what no driver could have set.
+    pub(crate) fn restore(
+        &mut self,
+        memory: &GuestMemory,
+        state: QueueState,
+        event_idx_enabled: bool,
+    ) -> Result<(), StateError> {
+        let ring = virtio_queue::QueueState {
+            max_size: self.ring.max_size(),
+            next_avail: state.next_available,
+            next_used: state.next_used,
+            event_idx_enabled,
+            size: state.size,
+            ready: state.ready,
+            desc_table: state.descriptors,
+            avail_ring: state.available,
+            used_ring: state.used,
+        };
+        self.ring = Queue::try_from(ring).map_err(|_| impossible("the layout of a queue of this index", self.index))?;
+        if state.ready && !self.is_usable(memory) {
+            return Err(impossible("outside of memory a queue of this index", self.index));
+        }
+        Ok(())
     }
 
     /// Takes the next available chain.

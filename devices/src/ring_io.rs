@@ -255,17 +255,24 @@ impl RingIo {
         self.submit();
         loop {
             while self.completed().is_some() {}
-            let left = deadline.saturating_duration_since(Instant::now());
-            let Some(ring) = &self.ring else { return };
-            if self.under_way() == 0 || left.is_zero() || self.retired {
+            if !self.wait(deadline) {
                 return;
             }
-            let left = Timespec::new().sec(left.as_secs()).nsec(left.subsec_nanos());
-            match ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&left)) {
-                Err(error) if error.kind() != io::ErrorKind::Interrupted => return,
-                _ => {}
-            }
         }
+    }
+
+    /// Waits until an operation is completed, when all of those that were are taken. Says whether there is any use in
+    /// looking: nothing is under way, the deadline is over, or the ring fails otherwise.
+    pub fn wait(&mut self, deadline: Instant) -> bool {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let Some(ring) = &self.ring else { return false };
+        if self.under_way() == 0 || left.is_zero() || self.retired {
+            return false;
+        }
+        let left = Timespec::new().sec(left.as_secs()).nsec(left.subsec_nanos());
+        let waited = ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&left));
+        !waited
+            .is_err_and(|error| error.kind() != io::ErrorKind::Interrupted && error.raw_os_error() != Some(libc::ETIME))
     }
 
     /// Queues what a slot has still to do.

@@ -7,6 +7,7 @@ use crate::GuestMemory;
 use crate::device::{Broken, Event, Resources, VirtioDevice, Watch, read_config_bytes};
 use crate::limit::Limiter;
 use crate::queue::{Buffers, Chain, Served};
+use crate::state::{self, StateError};
 
 /// The most bytes given for one request; Linux asks for 64. A larger buffer is filled up to here, which the specification
 /// allows, so that a request costs the host a bounded time.
@@ -87,6 +88,15 @@ impl VirtioDevice for Rng {
 
     fn reset(&mut self) {
         self.limiter.iter_mut().for_each(Limiter::reset);
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        Ok(state::encode(&Limiter::save(&self.limiter)))
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        Limiter::restore(&mut self.limiter, state::decode("entropy device", state)?);
+        Ok(())
     }
 
     fn watched(&self) -> Vec<Watch> {

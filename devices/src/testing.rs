@@ -39,12 +39,27 @@ pub struct Buffer {
     pub writable: bool,
 }
 
+/// Watches what a device hears of.
+fn watch(device: &dyn VirtioDevice) -> Epoll {
+    let epoll = Epoll::new().unwrap();
+    for (index, watch) in (0u64..).zip(device.watched()) {
+        let events = match watch.trigger {
+            Trigger::Readable => EventSet::IN,
+            Trigger::Edge => EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED,
+        };
+        epoll.ctl(ControlOperation::Add, watch.descriptor, EpollEvent::new(events, index)).unwrap();
+    }
+    epoll
+}
+
 /// A device and its driver.
 pub struct Driver {
     /// The device behind its registers.
     pub device: MmioDevice,
     /// Guest memory: 4 MiB from 0.
     pub memory: GuestMemory,
+    /// Whether chains are in tables of their own.
+    pub indirect: bool,
     size: u16,
     epoll: Epoll,
     available: Vec<u16>,
@@ -70,21 +85,32 @@ impl Driver {
     }
 
     fn as_it_is(device: Box<dyn VirtioDevice>, size: u16) -> Self {
-        let epoll = Epoll::new().unwrap();
-        for (index, watch) in (0u64..).zip(device.watched()) {
-            let events = match watch.trigger {
-                Trigger::Readable => EventSet::IN,
-                Trigger::Edge => EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED,
-            };
-            epoll.ctl(ControlOperation::Add, watch.descriptor, EpollEvent::new(events, index)).unwrap();
-        }
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap();
+        let epoll = watch(&*device);
         let device = MmioDevice::new(device, memory.clone()).unwrap();
         let count = device.queues().len();
         let none = vec![0; count];
-        Self { device, memory, size, epoll, available: none.clone(), used: none.clone(), next_descriptor: none }
+        let (available, used, next_descriptor) = (none.clone(), none.clone(), none);
+        Self { device, memory, indirect: false, size, epoll, available, used, next_descriptor }
     }
 
+    /// Saves the device, and goes on with another one, made like it, that takes over what was saved.
+    pub fn move_to(&mut self, mut device: Box<dyn VirtioDevice>) {
+        let state = self.device.save().unwrap();
+        device.prepare();
+        self.epoll = watch(&*device);
+        self.device = MmioDevice::new(device, self.memory.clone()).unwrap();
+        self.device.restore(&state).unwrap();
+    }
+
+    /// Lets the device hear of the notifications that wait for it, as the event loop does.
+    pub fn heed(&mut self) {
+        for queue in 0..self.device.queues().len() {
+            if self.device.queues()[queue].kick().read().is_ok() {
+                self.device.dispatch(Event::Queue(queue as u16));
+            }
+        }
+    }
     /// Reads a register.
     pub fn read(&mut self, offset: u64) -> u32 {
         let mut value = [0; 4];
@@ -133,6 +159,9 @@ impl Driver {
 
     /// Makes a chain available on a queue, without telling the device, and gives its head.
     pub fn offer(&mut self, queue: usize, chain: &[Buffer]) -> u16 {
+        if self.indirect {
+            return self.offer_indirect(queue, chain);
+        }
         let head = self.next_descriptor[queue];
         for (position, buffer) in chain.iter().enumerate() {
             let index = self.next_descriptor[queue];

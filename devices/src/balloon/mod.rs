@@ -13,11 +13,14 @@ mod tests;
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use self::host::{HostBalloon, Statistics};
 use crate::GuestMemory;
 use crate::device::{Broken, Event, Resources, Trigger, VirtioDevice, Watch, read_config_bytes};
 use crate::queue::{Buffers, Chain, VirtQueue};
 use crate::reclaim::{PAGE, discard, discard_range};
+use crate::state::{self, StateError, impossible};
 
 /// VIRTIO_BALLOON_F_STATS_VQ, the first of the feature bits (§5.5.3) that are offered.
 const STATISTICS: u64 = 1 << 1;
@@ -55,6 +58,15 @@ pub struct Balloon {
     /// The buffer that is given back to ask for statistics (§5.5.6.3).
     held: Option<u16>,
     counters: Counters,
+}
+
+/// What is kept of it.
+#[derive(Debug, Serialize, Deserialize)]
+struct BalloonState {
+    target_pages: u32,
+    actual_pages: u32,
+    told: u32,
+    held: Option<u16>,
 }
 
 #[derive(Debug, Default)]
@@ -222,6 +234,26 @@ impl VirtioDevice for Balloon {
         self.held = None;
         // The pages of a balloon are the guest's again.
         self.host.set_actual_pages(0);
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        let (target_pages, actual_pages) = (self.host.target_pages(), self.host.actual_pages());
+        Ok(state::encode(&BalloonState { target_pages, actual_pages, told: self.told, held: self.held }))
+    }
+
+    /// The target is again what it was, until the host sets another one.
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        let state: BalloonState = state::decode("balloon", state)?;
+        if let Some(head) = state.held
+            && (self.statistics.is_none() || head >= QUEUE_SIZES[usize::from(OPTIONAL)])
+        {
+            // One of a smaller queue is found out when it is given back.
+            return Err(impossible("the buffer held for statistics", head));
+        }
+        self.host.set_actual_pages(state.actual_pages);
+        self.host.set_target_pages(state.target_pages);
+        (self.told, self.held) = (state.told, state.held);
+        Ok(())
     }
 
     fn watched(&self) -> Vec<Watch> {

@@ -24,7 +24,7 @@ mod tests;
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
@@ -37,6 +37,7 @@ use crate::device::{Broken, Event, Resources, Trigger, VirtioDevice, Watch, read
 use crate::limit::Limiter;
 use crate::queue::QUEUE_SIZE_MAX;
 use crate::ring_io::{DEPTH, RingIo};
+use crate::state::{self, StateError};
 
 /// The most queues: more than a disk of a micro-VM keeps busy, and each costs a descriptor.
 pub const QUEUES_MAX: u16 = 4;
@@ -204,6 +205,30 @@ impl VirtioDevice for Blk {
         self.write_through = false;
         self.stalled = false;
         self.limiter.iter_mut().for_each(Limiter::reset);
+    }
+
+    /// Waits for the disk, as long as the end of a VM does.
+    fn quiesce(&mut self, resources: Resources<'_>) -> Result<(), Broken> {
+        let deadline = Instant::now() + DRAIN_MAX;
+        loop {
+            self.complete(resources.memory, resources.queues)?;
+            if !self.io.wait(deadline) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Which requests were left in their queues is found out anew.
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        match self.io.under_way() {
+            0 => Ok(state::encode(&Limiter::save(&self.limiter))),
+            operations => Err(StateError::Busy { operations }),
+        }
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        Limiter::restore(&mut self.limiter, state::decode("block device", state)?);
+        Ok(())
     }
 
     fn prepare(&mut self) {

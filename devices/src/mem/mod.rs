@@ -14,11 +14,14 @@ mod tests;
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use self::host::{BLOCK, HostMem};
 use crate::GuestMemory;
 use crate::device::{Broken, Event, Resources, Trigger, VirtioDevice, Watch, read_config_bytes};
 use crate::queue::{Buffers, Chain};
 use crate::reclaim::discard_range;
+use crate::state::{self, StateError, impossible};
 
 /// VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE (§5.15.3).
 const UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
@@ -86,6 +89,15 @@ pub struct Mem {
     /// What the driver knows that the host asked for.
     told: u64,
     counters: Counters,
+}
+
+/// What is kept of it. What is in the blocks is kept with the rest of the guest's memory.
+#[derive(Debug, Serialize, Deserialize)]
+struct MemState {
+    requested: u64,
+    told: u64,
+    /// A bit for each block, the first one the lowest of the first byte; those behind the last block are zero.
+    plugged: Vec<u8>,
 }
 
 #[derive(Debug, Default)]
@@ -206,6 +218,31 @@ impl VirtioDevice for Mem {
 
     /// Blocks stay plugged, with what is in them (§5.15.5.2); a driver that begins anew unplugs them.
     fn reset(&mut self) {}
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        let bits = |eight: &[bool]| eight.iter().rev().fold(0, |byte, block| byte << 1 | u8::from(*block));
+        let plugged = self.blocks.chunks(8).map(bits).collect();
+        Ok(state::encode(&MemState { requested: self.host.requested(), told: self.told, plugged }))
+    }
+
+    /// The request is again what it was, until the host makes another one. More may be plugged than that: the guest was asked
+    /// for less since.
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        let MemState { requested, told, plugged } = state::decode("memory device", state)?;
+        let bits = plugged.iter().flat_map(|byte| (0..8).map(move |bit| byte & 1 << bit != 0));
+        let mut blocks: Vec<bool> = bits.collect();
+        if plugged.len() != self.blocks.len().div_ceil(8) || blocks.split_off(self.blocks.len()).contains(&true) {
+            return Err(impossible("of another region the number of bytes for blocks", plugged.len() as u64));
+        }
+        if requested > self.host.size() || !requested.is_multiple_of(BLOCK) {
+            return Err(impossible("what is asked for", requested));
+        }
+        self.plugged = blocks.iter().filter(|block| **block).count() as u64 * BLOCK;
+        (self.blocks, self.told) = (blocks, told);
+        self.host.set_plugged(self.plugged);
+        self.host.request(requested);
+        Ok(())
+    }
 
     fn watched(&self) -> Vec<Watch> {
         vec![Watch { descriptor: self.host.descriptor(), trigger: Trigger::Edge }]

@@ -34,6 +34,7 @@ mod transmit;
 
 use std::ffi::c_uint;
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4,
@@ -47,6 +48,7 @@ use self::transmit::Transmitter;
 use crate::device::{Broken, Event, Resources, Trigger, VirtioDevice, Watch, read_config_bytes};
 use crate::limit::Limiter;
 use crate::queue::QUEUE_SIZE_MAX;
+use crate::state::{self, LimiterState, StateError, impossible};
 
 /// The most pairs of queues: as many as a tap in a VM of a few CPUs can use.
 pub const PAIRS_MAX: usize = 8;
@@ -103,6 +105,14 @@ pub struct Net {
     /// What the tap was told that it may leave undone.
     offload: c_uint,
     counters: Counters,
+}
+
+/// What is kept of it.
+#[derive(Debug, Serialize, Deserialize)]
+struct NetState {
+    pairs: u16,
+    receive: Option<LimiterState>,
+    transmit: Option<LimiterState>,
 }
 
 /// What is counted beside frames.
@@ -284,6 +294,28 @@ impl VirtioDevice for Net {
         self.pairs = 1;
         self.receiver.reset();
         self.limiters().for_each(Limiter::reset);
+    }
+
+    /// A frame that was taken from the tap and has no room with the driver is lost, as networks may.
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        Ok(state::encode(&NetState {
+            // There are [`PAIRS_MAX`] at most.
+            pairs: self.pairs as u16,
+            receive: Limiter::save(&self.receiver.limiter),
+            transmit: Limiter::save(&self.transmitter.limiter),
+        }))
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        let NetState { pairs, receive, transmit } = state::decode("network device", state)?;
+        let most = if self.has(VIRTIO_NET_F_MQ) && self.has(VIRTIO_NET_F_CTRL_VQ) { self.taps.len() } else { 1 };
+        if !(1..=most).contains(&pairs.into()) {
+            return Err(impossible("the number of pairs of queues in use", pairs));
+        }
+        self.pairs = pairs.into();
+        Limiter::restore(&mut self.receiver.limiter, receive);
+        Limiter::restore(&mut self.transmitter.limiter, transmit);
+        Ok(())
     }
 
     /// The taps, and the timers of both limits.

@@ -156,7 +156,7 @@ impl Tap {
 
     /// Anything that gives a message a call, in place of a tap.
     #[cfg(test)]
-    pub(super) fn stand_in(descriptor: OwnedFd) -> Self {
+    pub(crate) fn stand_in(descriptor: OwnedFd) -> Self {
         Self { file: descriptor.into() }
     }
 

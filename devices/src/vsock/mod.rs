@@ -31,7 +31,8 @@ use self::ports::HostPorts;
 use crate::GuestMemory;
 use crate::device::{Broken, Event, Resources, Trigger, VirtioDevice, Watch, read_config_bytes};
 use crate::limit::Limiter;
-use crate::queue::{QUEUE_SIZE_MAX, Served, VirtQueue};
+use crate::queue::{Buffers, QUEUE_SIZE_MAX, Served, VirtQueue};
+use crate::state::{self, StateError};
 
 /// The guest's address. Each monitor has a socket device of its own, so every guest can have the same.
 pub const GUEST_CID: u64 = 3;
@@ -42,6 +43,9 @@ pub const HOST_CID: u64 = 2;
 const PAYLOAD_MAX: u32 = 64 << 10;
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
+const EVENT: usize = 2;
+/// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (§5.10.6.7, "Device Events"): all connections are gone.
+const TRANSPORT_RESET: u32 = 0;
 /// The position of the streams among what is watched; the limiter comes after it.
 const STREAMS: usize = 0;
 const QUEUE_SIZES: [u16; 3] = [QUEUE_SIZE_MAX, QUEUE_SIZE_MAX, 16];
@@ -53,6 +57,8 @@ pub struct Vsock {
     /// Whether to look at the host's side without being told: what became ready before there was a driver, or more than was
     /// looked at.
     poll_due: bool,
+    /// Whether the guest is to be told that all connections are gone.
+    event_due: bool,
     limiter: Option<Limiter>,
     counters: Counters,
 }
@@ -74,7 +80,7 @@ impl Vsock {
     /// When the system has no descriptor left.
     pub fn new(ports: HostPorts, listener: Option<UnixListener>, limiter: Option<Limiter>) -> io::Result<Self> {
         let muxer = Muxer::new(ports, listener)?;
-        Ok(Self { muxer, poll_due: false, limiter, counters: Counters::default() })
+        Ok(Self { muxer, poll_due: false, event_due: false, limiter, counters: Counters::default() })
     }
 
     /// Takes what the guest sends.
@@ -142,6 +148,7 @@ impl VirtioDevice for Vsock {
 
     fn start(&mut self, _: u64) {
         self.poll_due = true;
+        self.event_due = false;
     }
 
     fn process(&mut self, resources: Resources<'_>, event: Event) -> Result<(), Broken> {
@@ -160,6 +167,11 @@ impl VirtioDevice for Vsock {
         if sends && let Some(queue) = queues.get_mut(TRANSMIT) {
             self.collect(memory, queue)?;
         }
+        if self.event_due
+            && let Some(queue) = queues.get_mut(EVENT)
+        {
+            self.event_due = !tell_reset(memory, queue)?;
+        }
         if std::mem::take(&mut self.poll_due) {
             self.poll_due = self.muxer.poll();
         }
@@ -177,6 +189,17 @@ impl VirtioDevice for Vsock {
     fn reset(&mut self) {
         self.muxer.reset();
         self.limiter.iter_mut().for_each(Limiter::reset);
+    }
+
+    /// Connections are not kept: their ends on the host are not.
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        Ok(state::encode(&Limiter::save(&self.limiter)))
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        Limiter::restore(&mut self.limiter, state::decode("socket device", state)?);
+        self.event_due = true;
+        Ok(())
     }
 
     fn watched(&self) -> Vec<Watch> {
@@ -210,4 +233,22 @@ impl VirtioDevice for Vsock {
     fn flush(&mut self) {
         self.muxer.flush();
     }
+}
+
+/// Tells the guest that all connections are gone, and says whether it had a buffer for that.
+fn tell_reset(memory: &GuestMemory, queue: &mut VirtQueue) -> Result<bool, Broken> {
+    let chain = match queue.pop(memory)? {
+        // Look once more after asking for a notification: a buffer may have come in between.
+        None if queue.rearm(memory)? => queue.pop(memory)?,
+        found => found,
+    };
+    let Some(chain) = chain else { return Ok(false) };
+    let head = chain.head_index();
+    let buffers = Buffers::of(memory, chain).map_err(|reason| queue.malformed(reason))?;
+    let event = TRANSPORT_RESET.to_le_bytes();
+    let room = buffers.writable.first().filter(|room| room.len() >= event.len());
+    room.ok_or_else(|| queue.malformed("an event buffer has no room for an event"))?.copy_from(&event);
+    queue.push(memory, head, event.len() as u32)?;
+    queue.signal(memory)?;
+    Ok(true)
 }
