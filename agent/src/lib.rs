@@ -17,6 +17,8 @@ pub mod clock;
 pub mod container;
 pub mod control;
 mod cpus;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod memory;
 mod network;
 pub mod pids;

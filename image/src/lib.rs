@@ -14,6 +14,8 @@ mod digest;
 mod erofs;
 mod error;
 mod flatten;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod layer;
 mod limits;
 mod manifest;

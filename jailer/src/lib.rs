@@ -17,6 +17,8 @@ pub mod cgroup;
 pub mod enter;
 mod error;
 pub mod filters;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod identity;
 mod landlock;
 pub mod limits;

@@ -148,19 +148,19 @@ pub fn read(pid: Pid) -> Result<InForce, JailError> {
 }
 
 /// A `status` file: names and values.
-struct Status(String);
+pub(crate) struct Status(pub(crate) String);
 
 impl Status {
     fn read(path: &Path) -> Result<Self, JailError> {
         fs::read_to_string(path).map(Self).map_err(failed(path))
     }
 
-    fn value(&self, name: &str) -> Option<&str> {
+    pub(crate) fn value(&self, name: &str) -> Option<&str> {
         let values = self.0.lines().filter_map(|line| line.split_once(':'));
         values.into_iter().find(|(key, _)| *key == name).map(|(_, value)| value.trim())
     }
 
-    fn numbers(&self, name: &str) -> Vec<u32> {
+    pub(crate) fn numbers(&self, name: &str) -> Vec<u32> {
         let words = self.value(name).unwrap_or_default().split_ascii_whitespace();
         words.filter_map(|word| word.parse().ok()).collect()
     }
@@ -211,7 +211,7 @@ fn threads(process: &Path) -> Result<Vec<Thread>, JailError> {
 }
 
 /// A line of a table of mounts (proc_pid_mountinfo(5)).
-fn mount(line: &str) -> Option<Mount> {
+pub(crate) fn mount(line: &str) -> Option<Mount> {
     let (mount, file_system) = line.split_once(" - ")?;
     let mut words = mount.split(' ').skip(4);
     Some(Mount {
@@ -222,7 +222,7 @@ fn mount(line: &str) -> Option<Mount> {
 }
 
 /// A line of a table of limits, whose columns are parted by at least two spaces: `Max open files  1024  4096  files`.
-fn limit(line: &str) -> Option<(String, [String; 2])> {
+pub(crate) fn limit(line: &str) -> Option<(String, [String; 2])> {
     let name = line.strip_prefix("Max ")?;
     let mut columns = name.split("  ").map(str::trim).filter(|column| !column.is_empty());
     let name = columns.next()?.replace(' ', "_");

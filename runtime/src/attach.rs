@@ -11,21 +11,18 @@ use std::thread;
 use std::time::Duration;
 
 use api::client::{Client, ClientError, Streams};
-use api::model::{HEADER_LENGTH, Kill, Size, StreamKind, TROUBLE};
+use api::model::{Kill, Size, StreamKind};
 use hyper::Method;
 use nix::sys::signal::Signal;
 use thiserror::Error;
 use tokio::sync::oneshot;
 
+use crate::multiplexed::{Frames, Stop};
 use crate::signals::Waiter;
 use crate::terminal::{self, RawMode, TerminalError};
 
 /// Bytes copied at once.
 const PIECE: usize = 64 << 10;
-/// How much of a line that says what is wrong is read.
-const TROUBLE_MAX: u64 = 4096;
-/// What is told of a frame that breaks off.
-const CUT: &str = "the output was cut";
 /// How long the end of a process may take to be told after its output has broken off.
 const END: Duration = Duration::from_secs(2);
 
@@ -198,47 +195,23 @@ enum Output {
 /// Copies a multiplexed stream, or a terminal's, to our standard streams, to its end. Fails when those take no more.
 fn copy_out(mut from: impl Read, terminal: bool) -> io::Result<Output> {
     let mut piece = vec![0; PIECE];
-    let cut = || Ok(Output::Lost(CUT.to_owned()));
+    let mut frames = Frames::default();
     loop {
-        let (kind, mut left) = if terminal {
-            (StreamKind::Stdout, usize::MAX)
-        } else {
-            let mut header = Vec::with_capacity(HEADER_LENGTH);
+        let count = match from.read(&mut piece) {
+            Ok(count @ 1..) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             // A connection that breaks off ends like one that is closed.
-            let _ = from.by_ref().take(HEADER_LENGTH as u64).read_to_end(&mut header);
-            let [kind, _, _, _, a, b, c, d] = header[..] else {
-                return if header.is_empty() { Ok(Output::Whole) } else { cut() };
-            };
-            let length = u32::from_be_bytes([a, b, c, d]);
-            if kind == TROUBLE {
-                let mut line = Vec::new();
-                let _ = from.take(TROUBLE_MAX.min(length.into())).read_to_end(&mut line);
-                return Ok(Output::Lost(shown(&line)));
-            }
-            // What is no frame has no end that could be waited for.
-            let Some(kind) = StreamKind::from_byte(kind) else { return cut() };
-            (kind, length as usize)
+            _ => return Ok(frames.lost().map_or(Output::Whole, Output::Lost)),
         };
-        while left > 0 {
-            let room = piece.len().min(left);
-            match from.read(&mut piece[..room]) {
-                Ok(count @ 1..) => {
-                    left -= count;
-                    write_all(kind, &piece[..count])?;
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                _ if terminal => return Ok(Output::Whole),
-                _ => return cut(),
-            }
+        if terminal {
+            write_all(StreamKind::Stdout, &piece[..count])?;
+            continue;
         }
-    }
-}
-
-/// What became of the output, fit for a terminal.
-fn shown(line: &[u8]) -> String {
-    match api::session::shown(String::from_utf8_lossy(line).trim()) {
-        line if line.is_empty() => CUT.to_owned(),
-        line => line,
+        match frames.push(&piece[..count], write_all) {
+            Ok(()) => {}
+            Err(Stop::Lost(line)) => return Ok(Output::Lost(line)),
+            Err(Stop::Unwritten(error)) => return Err(error),
+        }
     }
 }
 
@@ -327,30 +300,22 @@ fn detach_keys(held: &mut bool, bytes: &[u8]) -> (Vec<u8>, bool) {
 /// Our streams take no more, or it breaks off.
 pub async fn copy_body(mut body: hyper::body::Incoming) -> io::Result<()> {
     use http_body_util::BodyExt as _;
-    let mut pending = Vec::new();
+    let mut frames = Frames::default();
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(io::Error::other)?;
         let Ok(data) = frame.into_data() else { continue };
-        pending.extend_from_slice(&data);
-        let mut start = 0;
-        while let Some(header) = pending.get(start..start + HEADER_LENGTH) {
-            let length = u32::from_be_bytes([header[4], header[5], header[6], header[7]]) as usize;
-            let byte = header[0];
-            let Some(text) = pending.get(start + HEADER_LENGTH..start + HEADER_LENGTH + length) else { break };
-            if byte == TROUBLE {
-                return Err(io::Error::other(shown(text)));
-            }
-            write_all(StreamKind::from_byte(byte).ok_or(io::ErrorKind::InvalidData)?, text)?;
-            start += HEADER_LENGTH + length;
-        }
-        pending.drain(..start);
+        frames.push(&data, write_all).map_err(|stop| match stop {
+            Stop::Lost(line) => io::Error::other(line),
+            Stop::Unwritten(error) => error,
+        })?;
     }
-    if pending.is_empty() { Ok(()) } else { Err(io::Error::new(io::ErrorKind::UnexpectedEof, CUT)) }
+    frames.lost().map_or(Ok(()), |line| Err(io::Error::new(io::ErrorKind::UnexpectedEof, line)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::multiplexed::CUT;
 
     #[test]
     fn the_detach_keys_leave_and_others_pass() {

@@ -29,6 +29,7 @@ pub mod holders;
 pub mod launch;
 pub mod lock;
 pub mod merge;
+pub mod multiplexed;
 pub mod paths;
 pub mod record;
 pub mod request;

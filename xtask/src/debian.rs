@@ -34,11 +34,24 @@ const TEST_PACKAGES: &[&str] = &[
     "strace",
 ];
 
+/// What fuzzing needs: libFuzzer is built from source.
+const FUZZING_PACKAGES: &[&str] = &["g++"];
+
 /// Installs every Debian package that building, testing and the demo need; does nothing when all are there.
 pub fn setup() -> Result<()> {
     let mut wanted: Vec<&str> = [KERNEL_PACKAGES, LAB_PACKAGES, TEST_PACKAGES].concat();
     wanted.sort_unstable();
     wanted.dedup();
+    install(wanted)
+}
+
+/// Installs what fuzzing needs beside that.
+pub fn setup_fuzzing() -> Result<()> {
+    install(FUZZING_PACKAGES.to_vec())
+}
+
+/// Installs packages; does nothing when all are there.
+fn install(wanted: Vec<&str>) -> Result<()> {
     let missing: Vec<&str> = wanted.into_iter().filter(|package| version(package).is_none()).collect();
     if missing.is_empty() {
         return Ok(());

@@ -9,6 +9,7 @@ mod cpio;
 mod debian;
 mod demo;
 mod e2e;
+mod fuzz;
 mod images;
 mod kernel;
 mod lab;
@@ -62,6 +63,8 @@ enum Task {
     Check,
     /// Measure
     Bench(bench::BenchArgs),
+    /// Look for inputs that break something (docs/security/fuzzing.md)
+    Fuzz(fuzz::FuzzArgs),
     /// Write the description of the REST API into api/openapi.json
     Openapi,
     /// Check the structure of the tree
@@ -105,6 +108,7 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Check => test::check()?,
         Task::Bench(args) => return bench::bench(args),
         Task::BenchMeasure(args) => bench::measure(&args)?,
+        Task::Fuzz(args) => fuzz::fuzz(&args)?,
         Task::Openapi => build::openapi()?,
         Task::Tidy => tidy::tidy()?,
         Task::Deny => test::deny()?,

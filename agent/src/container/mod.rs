@@ -44,6 +44,9 @@ use protocol::{Answer, ExitStatus, Failure, FailureKind, FromAgent};
 use rustix::event::PollFlags;
 use rustix::process::Pid;
 
+#[cfg(feature = "fuzzing")]
+pub use {copy::read_archive, user::resolve_user};
+
 pub use cgroup::{MOUNT_POINT as CGROUP_MOUNT_POINT, enable_controllers};
 pub use error::SetupError;
 pub use namespaces::{Plan, Running};

@@ -108,6 +108,14 @@ fn requested_number(text: &str) -> Result<Option<u32>, SetupError> {
     id(text).map(Some).ok_or_else(|| SetupError::IdOutOfRange { number: text.to_owned() })
 }
 
+/// Looks a user up in the texts of an image's files; gives the user's and the group's number and the home directory.
+#[cfg(feature = "fuzzing")]
+pub fn resolve_user(passwd: &str, group: &str, user: &str) -> Option<(u32, u32, String)> {
+    let found = resolve(passwd, group, user, &[user.to_owned()]).ok()?;
+    assert!(found.groups.len() <= GROUPS_MAX, "more groups than a process can have");
+    Some((found.uid, found.gid, found.home))
+}
+
 fn resolve(passwd: &str, group: &str, wanted: &str, additional_groups: &[String]) -> Result<User, SetupError> {
     let (user, explicit_group) = wanted.split_once(':').unwrap_or((wanted, ""));
     let number = if user.is_empty() { Some(0) } else { requested_number(user)? };

@@ -190,6 +190,15 @@ pub fn run(setup: Setup, guest_end: impl Fn() -> Option<String>) -> io::Result<O
     runtime.block_on(serve(setup, guest_end))
 }
 
+/// As [`run`], on the runtime that this is awaited on.
+///
+/// # Errors
+/// As [`run`].
+#[cfg(feature = "fuzzing")]
+pub async fn run_here(setup: Setup, guest_end: impl Fn() -> Option<String>) -> io::Result<Outcome> {
+    serve(setup, guest_end).await
+}
+
 async fn serve(setup: Setup, guest_end: impl Fn() -> Option<String>) -> io::Result<Outcome> {
     let Setup { config, container, listener, folder, machine, agent, boot, guest_ended } = setup;
     agent.set_nonblocking(true)?;

@@ -16,6 +16,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
+use super::lines::Lines;
 use super::watch::{Change, changes};
 use crate::args::Events;
 use crate::report;
@@ -236,13 +237,12 @@ impl Follower {
             Err(ClientError::Gone(_)) => return Ok(Told::Vm),
             Err(_) => return Ok(Told::Nobody),
         };
-        let mut pending = Vec::new();
+        let mut lines = Lines::default();
         // A stream that breaks off is a VM that was killed.
         while let Some(Ok(frame)) = self.in_time(body.frame()).await? {
             let Ok(data) = frame.into_data() else { continue };
-            pending.extend_from_slice(&data);
-            while let Some(end) = pending.iter().position(|byte| *byte == b'\n') {
-                let line: Vec<u8> = pending.drain(..=end).collect();
+            lines.push(&data)?;
+            while let Some(line) = lines.take() {
                 let event: Event = serde_json::from_slice(&line)?;
                 if event.time_ns > told_ns && self.tell(&event).await?.is_break() {
                     return Ok(Told::Vm);
@@ -275,9 +275,14 @@ impl Follower {
 
 /// The last event so far.
 async fn last(client: &Client) -> anyhow::Result<Option<Event>> {
-    let body = client.stream("/v1/events").await?.into_body().collect().await?.to_bytes();
-    let line = body.rsplit(|byte| *byte == b'\n').find(|line| !line.is_empty());
-    Ok(line.map(serde_json::from_slice).transpose()?)
+    let mut body = client.stream("/v1/events").await?.into_body();
+    let (mut lines, mut last) = (Lines::default(), None);
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame?.into_data() else { continue };
+        lines.push(&data)?;
+        last = std::iter::from_fn(|| lines.take()).last().or(last);
+    }
+    Ok(last.as_deref().map(serde_json::from_slice).transpose()?)
 }
 
 fn shown(event: &Event, subject: &Subject, format: &Format) -> anyhow::Result<String> {

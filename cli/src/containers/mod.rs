@@ -5,6 +5,7 @@ pub mod events;
 pub mod exec;
 pub mod inspect;
 pub mod life;
+mod lines;
 pub mod list;
 pub mod logs;
 pub mod stats;

@@ -155,8 +155,8 @@ impl Tap {
     }
 
     /// Anything that gives a message a call, in place of a tap.
-    #[cfg(test)]
-    pub(crate) fn stand_in(descriptor: OwnedFd) -> Self {
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub fn stand_in(descriptor: OwnedFd) -> Self {
         Self { file: descriptor.into() }
     }
 

@@ -79,6 +79,12 @@ pub(crate) struct Paths {
 }
 
 impl Paths {
+    /// The places below a folder.
+    #[cfg(feature = "fuzzing")]
+    pub(crate) fn below(root: &Path) -> Self {
+        Self { root: root.to_owned() }
+    }
+
     pub(crate) fn blobs(&self) -> PathBuf {
         self.root.join("blobs/sha256")
     }

@@ -228,7 +228,7 @@ pub(crate) fn mounted() -> Result<Vec<(Kind, PathBuf)>, JailError> {
 }
 
 /// The hierarchy that a line of the table of mounts is about (proc_pid_mountinfo(5)).
-fn hierarchy(line: &str) -> Option<(Kind, PathBuf)> {
+pub(crate) fn hierarchy(line: &str) -> Option<(Kind, PathBuf)> {
     let (mount, file_system) = line.split_once(" - ")?;
     let path = PathBuf::from(mount.split(' ').nth(4)?);
     let mut words = file_system.split(' ');

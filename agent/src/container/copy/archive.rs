@@ -278,6 +278,17 @@ impl<R: Read> Reader<R> {
     }
 }
 
+/// Reads an archive with all its data up to its end or to what is wrong with it; gives how many entries it has.
+#[cfg(feature = "fuzzing")]
+pub fn read_archive(bytes: &[u8]) -> usize {
+    let (mut reader, mut buffer, mut entries) = (Reader::new(bytes), [0; 4096], 0);
+    while let Ok(Some(_)) = reader.next() {
+        entries += 1;
+        while matches!(reader.read(&mut buffer), Ok(1..)) {}
+    }
+    entries
+}
+
 fn damaged() -> CopyError {
     CopyError::Archive { problem: "has a header that cannot be read" }
 }

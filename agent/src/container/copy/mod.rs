@@ -7,6 +7,9 @@ mod error;
 mod into;
 mod out;
 
+#[cfg(feature = "fuzzing")]
+pub use archive::read_archive;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};

@@ -1,0 +1,6 @@
+//! The target `agent_user`.
+
+#![no_main]
+#![forbid(unsafe_code)]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| fuzz::run("agent_user", bytes));

@@ -1,0 +1,6 @@
+//! The target `client_answer`.
+
+#![no_main]
+#![forbid(unsafe_code)]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| fuzz::run("client_answer", bytes));

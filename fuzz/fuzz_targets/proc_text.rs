@@ -1,0 +1,6 @@
+//! The target `proc_text`.
+
+#![no_main]
+#![forbid(unsafe_code)]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| fuzz::run("proc_text", bytes));
