@@ -55,6 +55,10 @@ impl Machine for Monitor {
         1
     }
 
+    fn resident_bytes(&self) -> u64 {
+        0
+    }
+
     fn pause(&self) {}
 
     fn resume(&self) {}

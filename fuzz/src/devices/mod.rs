@@ -242,7 +242,7 @@ impl Sockets {
 pub fn vsock(bytes: &[u8]) {
     let mut input = Input::new(bytes);
     let ports = HostPorts::default();
-    let device = Vsock::new(ports.clone(), limiter(&mut input)).expect("there are descriptors");
+    let device = Vsock::new(ports.clone(), None, limiter(&mut input)).expect("there are descriptors");
     drive(Box::new(device), &mut Sockets { ports, streams: BTreeMap::new() }, &mut input);
 }
 

@@ -140,7 +140,7 @@ impl Attack {
         let socket = self.sandbox.files().join("echo");
         echo(&socket);
         let Files { read_only: [disk, memory], writable: [own_disk, own_memory] } = &self.files;
-        let ports: Vec<_> = (1..=PORTS).map(|port| json!({"port": port, "socket": socket})).collect();
+        let ports: Vec<_> = (1..=PORTS).map(|port| json!({"port": port, "socket": {"path": socket}})).collect();
         let (process, thread) = (std::process::id(), nix::unistd::gettid());
         let document = json!({
             "vm": {
