@@ -115,8 +115,12 @@ fn connections_are_let_go_of_with_what_is_allowed_to_a_vcpu() {
     let caller = call(&path, "CONNECT 7\n", None);
     driver.device.dispatch(Event::Backend(0));
     caller.set_nonblocking(true).unwrap();
-    jailer::thread(jailer::Thread::Vcpu).unwrap();
-    driver.write(0x70, 0);
+    let vcpu = std::thread::spawn(move || {
+        jailer::thread(jailer::Thread::Vcpu).unwrap();
+        driver.write(0x70, 0);
+        driver
+    });
+    let _driver = vcpu.join().unwrap();
     // What the caller was connected with is closed.
     assert_eq!(rustix::io::read(&caller, &mut [0]), Ok(0));
     std::process::exit(CONFINED_CODE);
@@ -299,7 +303,7 @@ fn a_chain_longer_than_any_queue_is_not_followed_to_its_end() {
         (Box::new(Balloon::new(balloon)), 0),
         (Box::new(Mem::new(mem, 0)), 0),
         (Box::new(Pmem::new(None, 0..0)), 0),
-        (Box::new(Vsock::new(HostPorts::default(), None).unwrap()), 1),
+        (Box::new(Vsock::new(HostPorts::default(), None, None).unwrap()), 1),
     ];
     for (device, queue) in devices {
         let mut driver = Driver::new(device).start();
