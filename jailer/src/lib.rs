@@ -6,7 +6,8 @@
 //! - [`enter`]: what the monitor does with itself, when it has opened what it needs: [`root`], [`limits`], [`identity`] and
 //!   [`landlock`].
 //! - [`filters`]: the system calls of each kind of thread, from `resources/seccomp/monitor.json`; any other one kills the
-//!   process. None of them can execute a program or start a thread, and only the one that serves the API can open a file.
+//!   process. None of them can execute a program. Only one that serves files can start a thread, which waits for a lock and may
+//!   do what it may; and only that one and the one that serves the API can open a file.
 //! - [`readback`]: the jail that is in force, as the kernel tells it to others.
 //! - [`sys`]: the system calls behind it that are not safe to make.
 //!

@@ -83,7 +83,8 @@ fn inmate(folder: &str, filter: &str, attempt: &str, more: &[&str]) -> Result<Ex
         "event_loop" => jailer::thread(Thread::EventLoop)?,
         "vcpu" => jailer::thread(Thread::Vcpu)?,
         "api" => jailer::thread(Thread::Api)?,
-        _ => return Err("the filter is none, tied, event_loop, vcpu or api".into()),
+        "fs" => jailer::thread(Thread::Fs)?,
+        _ => return Err("the filter is none, tied, event_loop, vcpu, api or fs".into()),
     }
     // What is told is told in one call that every filter allows.
     let (code, told) = match attempts::attempt(&folder, attempt, more) {
