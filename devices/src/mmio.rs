@@ -30,6 +30,10 @@ use crate::queue::{Interrupt, VirtQueue};
 pub const WINDOW: u64 = 0x1000;
 /// The offset of the QueueNotify register, for `KVM_IOEVENTFD`.
 pub const QUEUE_NOTIFY: u64 = 0x50;
+/// The offset of the InterruptStatus register: [`Interrupt::status`], which needs no lock.
+pub const INTERRUPT_STATUS: u64 = 0x60;
+/// The offset of the InterruptACK register: [`Interrupt::acknowledge`], which needs no lock.
+pub const INTERRUPT_ACK: u64 = 0x64;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
@@ -181,7 +185,7 @@ impl MmioDevice {
             0x10 => half(self.offered(), self.device_features_high),
             0x34 => self.selected().map_or(0, |queue| queue.ring().max_size().into()),
             0x44 => self.selected().map_or(0, |queue| queue.ring().ready().into()),
-            0x60 => self.interrupt.status(),
+            INTERRUPT_STATUS => self.interrupt.status(),
             0x70 => self.status,
             // SHMLenLow and SHMLenHigh: the device has no shared memory (§4.2.2.1).
             0xb0 | 0xb4 => u32::MAX,
@@ -199,7 +203,7 @@ impl MmioDevice {
             }
             0x24 => self.driver_features_high = value == 1,
             0x30 => self.selected_queue = value,
-            0x64 => self.interrupt.acknowledge(value),
+            INTERRUPT_ACK => self.interrupt.acknowledge(value),
             0x70 => self.set_status(value),
             0x38 | 0x44 | 0x80..=0xa4 => self.configure_queue(offset, value),
             // QueueNotify is an eventfd; what comes here is for a queue that does not exist.

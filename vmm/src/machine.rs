@@ -131,7 +131,7 @@ pub fn build(config: &VmConfig, resources: Resources, echo_console: bool) -> Res
     describe(config, &guest, devices.len(), initramfs)?;
     let vcpus = add_vcpus(&kvm_device, &vm, &guest, config.vcpus, kernel.entry)?;
     populating.finish();
-    Ok(Machine { vcpus, bus: Bus { devices: devices.into(), serial }, console, memory: controls, vm })
+    Ok(Machine { vcpus, bus: Bus::new(devices, serial), console, memory: controls, vm })
 }
 
 fn add_memory(vm: &VmFd, memory: &Arranged) -> Result<(), MachineError> {
