@@ -1,7 +1,7 @@
 //! The contract between a virtio device and its transport (VIRTIO 1.2 chapter 2, "Basic Facilities of a Virtio Device").
 //!
 //! A device is plain logic: the transport owns its queues, its registers and its place in the event loop, takes its lock,
-//! and calls it. A device therefore has no threads, no locks and no interrupt of its own to get wrong.
+//! and calls it. A device therefore has no event loop, no locks and no interrupt of its own to get wrong.
 
 use std::os::fd::RawFd;
 
@@ -110,6 +110,12 @@ pub trait VirtioDevice: Send {
     /// loop, after [`VirtioDevice::prepare`].
     fn watched(&self) -> Vec<Watch> {
         Vec::new()
+    }
+
+    /// Whether the device may wait for what is behind it, for as long as that likes: it is then in an event loop of its own, on
+    /// a thread that holds up nobody else, and not flushed.
+    fn may_wait(&self) -> bool {
+        false
     }
 
     /// What the device has counted since it was made, by name: `snake_case`, with the unit last (`read_bytes`). The

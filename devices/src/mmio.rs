@@ -110,6 +110,7 @@ impl MmioDevice {
             virtio_ids::VIRTIO_ID_NET => "network",
             virtio_ids::VIRTIO_ID_RNG => "entropy",
             virtio_ids::VIRTIO_ID_CONSOLE => "console",
+            virtio_ids::VIRTIO_ID_FS => "file system",
             _ => "unknown",
         }
     }
@@ -121,6 +122,11 @@ impl MmioDevice {
             status if status & DRIVER_OK != 0 => "ready",
             _ => "reset",
         }
+    }
+
+    /// Whether the device may wait (see [`VirtioDevice::may_wait`]).
+    pub fn may_wait(&self) -> bool {
+        self.device.may_wait()
     }
 
     /// What the device and its transport have counted, by name.
