@@ -296,8 +296,9 @@ fn shared(folder: &tempfile::TempDir, read_only: bool) -> Box<Fs> {
     let quota = Quota { bytes: Some(16 << 10), inodes: Some(1) };
     let limits = Limits { handles: 2, ..Limits::default() };
     let options = ExportOptions { read_only, noexec: true, quota, limits, ..ExportOptions::default() };
-    let export = Export::new(Source::Directory(File::open(folder.path()).unwrap().into()), options).unwrap();
-    fuse::prepare_thread().unwrap();
+    let source = Source::Directory(File::open(folder.path()).unwrap().into());
+    let export = Export::new(source, options, fuse::descriptors().unwrap()).unwrap();
+    fuse::prepare_thread(options.ownership, None).unwrap();
     Box::new(Fs::new(Server::new(export).unwrap(), "tag", 1, limiter()).unwrap())
 }
 

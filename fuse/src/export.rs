@@ -143,13 +143,19 @@ pub enum ExportError {
     /// What `/proc/self/fd` should be is something else.
     #[error("/proc/self/fd is not part of a procfs: mount one at /proc")]
     NotProcfs,
-    /// The guest's users cannot be the host's.
-    #[error("owners cannot be mapped by a monitor that is not root: squash them")]
-    NotRoot,
 }
 
 fn system(step: &'static str) -> impl FnOnce(Errno) -> ExportError {
     move |source| ExportError::System { step, source }
+}
+
+/// Opens `/proc/self/fd`, in the process that will serve.
+///
+/// # Errors
+/// What the system says.
+pub fn descriptors() -> Result<OwnedFd, Errno> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::openat(CWD, c"/proc/self/fd", flags, Mode::empty())
 }
 
 /// The root of an export.
@@ -180,11 +186,11 @@ pub struct Export {
 }
 
 impl Export {
-    /// Exports a directory or a file. In the process that will serve it, before it loses sight of `/proc`.
+    /// Exports a directory or a file. `descriptors` is the serving process's `/proc/self/fd`, as [`descriptors`] opens it.
     ///
     /// # Errors
     /// [`ExportError`].
-    pub fn new(source: Source, options: Options) -> Result<Self, ExportError> {
+    pub fn new(source: Source, options: Options, descriptors: OwnedFd) -> Result<Self, ExportError> {
         let account = (options.quota != Quota::default()).then(|| Arc::new(Account::new(options.quota)));
         let node = |fd: OwnedFd, wanted: FileType, expected| {
             let stat = stat(&fd).map_err(system("look at what is exported"))?;
@@ -200,12 +206,6 @@ impl Export {
                 Root::Shown { file: node(file, FileType::RegularFile, "regular file")?, name }
             }
         };
-        if options.ownership == Ownership::Mapped && !rustix::process::geteuid().is_root() {
-            return Err(ExportError::NotRoot);
-        }
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let descriptors =
-            rustix::fs::openat(CWD, c"/proc/self/fd", flags, Mode::empty()).map_err(system("open /proc/self/fd"))?;
         let kind = rustix::fs::fstatfs(&descriptors).map_err(system("look at /proc/self/fd"))?.f_type;
         if kind != PROCFS {
             return Err(ExportError::NotProcfs);

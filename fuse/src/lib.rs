@@ -31,32 +31,40 @@ pub mod wire;
 use nix::sched::CloneFlags;
 use rustix::fs::Mode;
 use rustix::io::Errno;
-use rustix::thread::CapabilitySet;
+use rustix::thread::{CapabilitySet, CapabilitySets};
 
-pub use self::export::{Cache, Export, ExportError, Limits, Options, Source};
+pub use self::export::{Cache, Export, ExportError, Limits, Options, Source, descriptors};
 pub use self::owner::Ownership;
 pub use self::quota::Quota;
 pub use self::server::{Served, Server};
 pub use self::wire::Message;
 
 /// Makes the calling thread one that serves: its umask is its own and empty, since a guest applies its programs' umask itself;
-/// and it loses the capabilities to keep set-user-ID bits through writes and to make device nodes.
+/// and it has the capabilities that it needs for that and no others.
+///
+/// With [`Ownership::Mapped`], those are what lets it create for any user and do what its guest has allowed. With
+/// [`Ownership::Squash`], there are none, and the thread acts as `owner`, a user and a group, if it is given; it then needs the
+/// capabilities to change to them.
 ///
 /// # Errors
-/// What the system says.
-pub fn prepare_thread() -> Result<(), Errno> {
+/// What the system says; `EPERM` when the thread has not the capabilities.
+pub fn prepare_thread(ownership: Ownership, owner: Option<(u32, u32)>) -> Result<(), Errno> {
     nix::sched::unshare(CloneFlags::CLONE_FS).map_err(|error| Errno::from_raw_os_error(error as i32))?;
     rustix::process::umask(Mode::empty());
-    let mut sets = rustix::thread::capabilities(None)?;
-    let dropped = CapabilitySet::FSETID | CapabilitySet::MKNOD;
-    // Permitted too: what is only not effective comes back with the file system ids.
-    if sets.permitted.intersects(dropped) {
-        sets.effective -= dropped;
-        sets.permitted -= dropped;
-        sets.inheritable -= dropped;
-        rustix::thread::set_capabilities(None, sets)?;
+    let kept = match ownership {
+        Ownership::Mapped => owner::NEEDED,
+        Ownership::Squash { .. } => {
+            owner.map_or(Ok(()), owner::become_owner)?;
+            CapabilitySet::empty()
+        }
+    };
+    if !rustix::thread::capabilities(None)?.permitted.contains(kept) {
+        return Err(Errno::PERM);
     }
-    Ok(())
+    // Those to keep set-user-ID bits through writes and to make device nodes are never among them. Not only not effective: they
+    // would come back with the file system ids.
+    let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
+    rustix::thread::set_capabilities(None, sets)
 }
 
 #[cfg(test)]
@@ -66,6 +74,8 @@ mod tests {
     use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 
     use super::*;
+
+    const OWNERSHIP: Ownership = Ownership::Squash { uid: 0, gid: 0 };
 
     fn mode(path: &std::path::Path) -> u32 {
         fs::metadata(path).unwrap().permissions().mode() & 0o7777
@@ -82,7 +92,7 @@ mod tests {
         };
         let thread = std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
-                prepare_thread().unwrap();
+                prepare_thread(OWNERSHIP, None).unwrap();
                 create(&served)
             });
             thread.join().unwrap()
@@ -98,10 +108,55 @@ mod tests {
         fs::set_permissions(&path, Permissions::from_mode(0o6755)).unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                prepare_thread().unwrap();
+                prepare_thread(OWNERSHIP, None).unwrap();
                 fs::File::options().append(true).open(&path).unwrap().write_all(b"changed").unwrap();
             });
         });
         assert_eq!(mode(&path), 0o755);
+    }
+
+    /// Whether this process can be several users; only then there is anything to see.
+    fn is_root() -> bool {
+        nix::unistd::geteuid().is_root()
+    }
+
+    #[test]
+    fn a_thread_that_squashes_is_the_owner_and_nobody_more() {
+        let folder = tempfile::tempdir().unwrap();
+        let (owned, others) = (folder.path().join("owned"), folder.path().join("others"));
+        for (path, owner) in [(folder.path(), 1000), (&owned, 1000), (&others, 2000)] {
+            if path != folder.path() {
+                fs::write(path, "").unwrap();
+            }
+            if is_root() {
+                std::os::unix::fs::chown(path, Some(owner), Some(owner)).unwrap();
+            }
+        }
+        let serve = || {
+            prepare_thread(OWNERSHIP, is_root().then_some((1000, 1000))).unwrap();
+            assert!(rustix::thread::capabilities(None).unwrap().permitted.is_empty());
+            fs::write(&owned, "changed").unwrap();
+            fs::write(folder.path().join("made"), "").unwrap();
+            fs::write(&others, "changed").is_ok()
+        };
+        let others_too = std::thread::scope(|scope| scope.spawn(serve).join().unwrap());
+        let made = fs::metadata(folder.path().join("made")).unwrap();
+        let owner = std::os::unix::fs::MetadataExt::uid(&made);
+        assert_eq!(
+            (others_too, owner),
+            if is_root() { (false, 1000) } else { (true, nix::unistd::geteuid().as_raw()) }
+        );
+    }
+
+    #[test]
+    fn a_thread_that_maps_owners_needs_the_capabilities_and_keeps_no_others() {
+        let prepare = || {
+            let outcome = prepare_thread(Ownership::Mapped, None);
+            (outcome, rustix::thread::capabilities(None).unwrap().permitted)
+        };
+        let outcome = std::thread::scope(|scope| scope.spawn(prepare).join().unwrap());
+        let expected = if is_root() { Ok(()) } else { Err(Errno::PERM) };
+        let kept = if is_root() { owner::NEEDED } else { CapabilitySet::empty() };
+        assert_eq!(outcome, (expected, kept));
     }
 }

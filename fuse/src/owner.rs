@@ -4,10 +4,30 @@ use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use rustix::io::Errno;
 use rustix::thread::CapabilitySet;
 
+/// What it takes to create for any user, and to do what only an owner may.
+pub(crate) const NEEDED: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::DAC_READ_SEARCH)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::SETUID)
+    .union(CapabilitySet::SETGID);
+
+/// Has the calling thread act as a user and a group, from here on.
+///
+/// # Errors
+/// `EPERM` when it may not do that.
+pub(crate) fn become_owner((uid, gid): (u32, u32)) -> Result<(), Errno> {
+    let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+    setfsgid(gid);
+    setfsuid(uid);
+    // They say what was, not whether they succeeded.
+    if setfsgid(gid) != gid || setfsuid(uid) != uid { Err(Errno::PERM) } else { Ok(()) }
+}
+
 /// How owners on the host and in the guest go together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ownership {
-    /// What is created belongs to the server's own user, and everything seems to the guest to belong to this one.
+    /// What is created belongs to the user that the server acts as, and everything seems to the guest to belong to this one.
     Squash {
         /// The user in the guest.
         uid: u32,
@@ -38,12 +58,7 @@ impl Ownership {
             return Ok(Acting(None));
         }
         let acting = Acting(Some(own));
-        setfsgid(wanted.1);
-        setfsuid(wanted.0);
-        // They say what was, not whether they succeeded.
-        if setfsgid(wanted.1) != wanted.1 || setfsuid(wanted.0) != wanted.0 {
-            return Err(Errno::PERM);
-        }
+        become_owner((uid, gid))?;
         // The guest has decided by all of the user's groups, which it does not tell.
         let mut sets = rustix::thread::capabilities(None)?;
         sets.effective |= sets.permitted & (CapabilitySet::DAC_OVERRIDE | CapabilitySet::DAC_READ_SEARCH);

@@ -18,7 +18,7 @@ use api::server::{self, DeviceFigures, Outcome, Plugged, Setup};
 use api::session::{chain, now};
 use devices::vsock::ports::HostPorts;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use jailer::{Jail, JailError};
+use jailer::{Entered, Jail, JailError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -112,8 +112,10 @@ pub fn enter(config: &LaunchConfig, tied: Option<OwnedFd>) -> Result<Inside, Mon
         user: jailer::identity::user(&id),
         limits: jailer::Limits::new(vm.vcpus, resources.mapped_mib(vm)?, resources.largest_drive(vm)?),
         tied: tied.is_some(),
+        trees: &[],
     };
-    let folder = jail.enter()?.zip(config.folder.clone()).map(|(descriptor, path)| Folder::new(descriptor, path));
+    let Entered { folder, .. } = jail.enter()?;
+    let folder = folder.zip(config.folder.clone()).map(|(descriptor, path)| Folder::new(descriptor, path));
     // It may have ended before it was said that this process ends with it.
     if let Some(parent) = tied
         && poll(&mut [PollFd::new(&parent, PollFlags::IN)], Some(&Timespec::default())).is_ok_and(|ready| ready > 0)

@@ -29,7 +29,7 @@ struct Fixture {
 
 fn device(folder: &TempDir, limiter: Option<Limiter>) -> Box<Fs> {
     let fd = rustix::fs::open(folder.path(), OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
-    let export = Export::new(Source::Directory(fd), Options::default()).unwrap();
+    let export = Export::new(Source::Directory(fd), Options::default(), fuse::descriptors().unwrap()).unwrap();
     Box::new(Fs::new(Server::new(export).unwrap(), "tag", 1, limiter).unwrap())
 }
 

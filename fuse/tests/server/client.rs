@@ -96,7 +96,7 @@ impl Client {
     }
 
     pub fn of(path: &Path, options: Options) -> Self {
-        Self::new(Export::new(Source::Directory(open_path(path)), options).unwrap())
+        Self::new(Export::new(Source::Directory(open_path(path)), options, fuse::descriptors().unwrap()).unwrap())
     }
 
     pub fn init(&mut self) -> abi::fuse_init_out {

@@ -102,7 +102,7 @@ fn a_server_does_what_its_thread_may_do_and_nothing_else() {
     let mut client = host.client(Options { ownership, quota, xattrs: true, ..Options::default() });
     let served = std::thread::scope(|scope| {
         let server = scope.spawn(move || {
-            fuse::prepare_thread().unwrap();
+            fuse::prepare_thread(ownership, None).unwrap();
             jailer::thread(jailer::Thread::Fs).unwrap();
             client.caller = if root { (1000, 1000) } else { (0, 0) };
             one_of_each(&mut client);

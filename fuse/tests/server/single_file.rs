@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use fuse::{Export, ExportError, Options, Source};
+use fuse::{Export, ExportError, Options, Source, descriptors};
 use fuse_abi::linux::{self as abi, fuse_opcode};
 use nix::libc;
 use zerocopy::IntoBytes;
@@ -13,7 +13,8 @@ fn client(host: &Host) -> Client {
     fs::write(host.path("config"), "content").unwrap();
     fs::write(host.path("beside"), "not for you").unwrap();
     let source = Source::File { file: open_path(&host.path("config")), name: c"hosts".into() };
-    Client::new(Export::new(source, Options { xattrs: true, ..Options::default() }).unwrap())
+    let options = Options { xattrs: true, ..Options::default() };
+    Client::new(Export::new(source, options, descriptors().unwrap()).unwrap())
 }
 
 #[test]
@@ -80,11 +81,17 @@ fn nothing_can_be_done_with_its_directory() {
 fn what_is_exported_must_be_what_it_is_said_to_be() {
     let host = Host::new();
     let file = |path: &std::path::Path, name: &std::ffi::CStr| {
-        Export::new(Source::File { file: open_path(path), name: name.into() }, Options::default())
+        let source = Source::File { file: open_path(path), name: name.into() };
+        Export::new(source, Options::default(), descriptors().unwrap())
     };
     assert!(matches!(file(&host.export(), c"name"), Err(ExportError::Type { .. })));
+    fs::write(host.path("config"), "").unwrap();
     let secret = host.folder.path().join("secret");
     assert!(matches!(file(&secret, c"a/b"), Err(ExportError::Name { .. })));
-    let directory = Export::new(Source::Directory(open_path(&secret)), Options::default());
+    let source = Source::Directory(open_path(&secret));
+    let directory = Export::new(source, Options::default(), descriptors().unwrap());
     assert!(matches!(directory, Err(ExportError::Type { .. })));
+    let source = Source::File { file: open_path(&host.path("config")), name: c"hosts".into() };
+    let elsewhere = Export::new(source, Options::default(), open_path(&host.export()));
+    assert!(matches!(elsewhere, Err(ExportError::NotProcfs)));
 }

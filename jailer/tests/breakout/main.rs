@@ -5,6 +5,7 @@
 
 mod force;
 mod limits;
+mod served;
 
 use std::ffi::OsStr;
 use std::fs;
