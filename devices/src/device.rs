@@ -102,6 +102,10 @@ pub trait VirtioDevice: Send {
     /// Forgets everything that the driver set up. Must be idempotent, and leave the device as it was when new.
     fn reset(&mut self);
 
+    /// Lets go of what the driver made it hold before a reset, as far as the thread that resets it may not. Called by the thread
+    /// that calls [`VirtioDevice::process`], before each event, also of a device that is not in service.
+    fn let_go(&mut self) {}
+
     /// Makes what the device will need later, and nothing to describe it to the driver. Called once, by the thread that will
     /// call [`VirtioDevice::process`], before that is confined and while the guest already begins.
     fn prepare(&mut self) {}

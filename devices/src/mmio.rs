@@ -311,6 +311,7 @@ impl MmioDevice {
 
     /// Calls the device, if it runs, and takes it out of service when the driver broke it.
     pub(crate) fn dispatch(&mut self, event: Event) {
+        self.device.let_go();
         if self.status & DRIVER_OK == 0 || self.status & NEEDS_RESET != 0 {
             return;
         }
@@ -396,6 +397,7 @@ mod tests {
             Box::new(Console::new(ConsoleOutput::default(), None)),
             Box::new(Vsock::new(HostPorts::default(), None, None).unwrap()),
             Box::new(crate::net::peer::device()),
+            crate::fs::testing::device(),
             Box::new(Balloon::new(HostBalloon::new().unwrap())),
             Box::new(Mem::new(HostMem::new(2 << 20).unwrap(), 2 << 20)),
             Box::new(Pmem::new(None, 2 << 20..4 << 20)),

@@ -124,6 +124,35 @@ fn connections_are_let_go_of_with_what_is_allowed_to_a_vcpu() {
 }
 
 #[test]
+fn files_are_let_go_of_with_what_is_allowed_to_a_vcpu_and_later() {
+    if std::env::var_os(CONFINED).is_none() {
+        let test = "tests::files_are_let_go_of_with_what_is_allowed_to_a_vcpu_and_later";
+        let program = std::env::current_exe().unwrap();
+        let output = Command::new(&program).args(["--exact", test]).env(CONFINED, "1").output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(CONFINED_CODE), "{} {text}", output.status);
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let mut driver = Driver::new(shared(&folder, false)).start();
+    look_around(&mut driver);
+    // A folder that was made, counts, and is removed while the guest holds it.
+    ask(&mut driver, 11, FUSE_ROOT_ID, b"made\0");
+    let added = driver.metric("added_bytes");
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // As a vCPU's thread, which is over without ending the process.
+            jailer::thread(jailer::Thread::Vcpu).unwrap();
+            driver.write(0x70, 0);
+        });
+    });
+    let held = driver.metric("added_bytes");
+    driver.device.dispatch(Event::Backend(0));
+    assert_eq!((added > 0, held, driver.metric("added_bytes")), (true, added, 0));
+    std::process::exit(CONFINED_CODE);
+}
+
+#[test]
 fn every_figure_of_the_entropy_device_counts() {
     let idle = idle_figures(Box::new(Rng::new(limiter())), 0, |driver| {
         driver.offer(0, &[room(0, 64)]);

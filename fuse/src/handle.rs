@@ -1,6 +1,7 @@
 //! What the guest has open: files and directories by the number it was told.
 
 use std::collections::HashMap;
+use std::fmt::Debug;
 use std::sync::Arc;
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -121,8 +122,9 @@ impl Handles {
         self.open.is_empty()
     }
 
-    /// Closes all. Their numbers are not used again.
-    pub fn clear(&mut self) {
-        self.open.clear();
+    /// Gives all, to be closed. Their numbers are not used again.
+    pub(crate) fn take(&mut self) -> impl Send + Debug + use<> {
+        // Not another map, which would ask the system for randomness.
+        self.open.drain().collect::<Vec<_>>()
     }
 }

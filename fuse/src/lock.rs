@@ -8,6 +8,7 @@
 //! it at once.
 
 use std::collections::HashMap;
+use std::fmt::Debug;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -239,10 +240,17 @@ impl Locks {
         }
     }
 
-    /// Releases all.
-    pub fn clear(&mut self) {
-        self.owners.clear();
+    /// Gives what holds the locks, to be released.
+    pub(crate) fn take(&mut self) -> impl Send + Debug + use<> {
         self.count = 0;
+        // Not another map, which would ask the system for randomness.
+        self.owners.drain().collect::<Vec<_>>()
+    }
+
+    /// Makes [`Locks::event`] readable.
+    pub(crate) fn wake(&self) {
+        // Fails when the counter is at its maximum, and then it is readable already.
+        let _ = rustix::io::write(&self.over.event, &1u64.to_ne_bytes());
     }
 
     /// Waits for a lock in a thread. When that is over, [`Locks::over`] tells.

@@ -1,6 +1,7 @@
 //! What the guest knows of: inodes by the number it was told, each held open so that it stays the same one.
 
 use std::collections::HashMap;
+use std::fmt::Debug;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -171,9 +172,10 @@ impl Nodes {
         self.known.is_empty()
     }
 
-    /// Forgets all of them. Their numbers are not used again.
-    pub fn clear(&mut self) {
-        self.known.clear();
+    /// Forgets all of them, and gives them. Their numbers are not used again.
+    pub(crate) fn take(&mut self) -> impl Send + Debug + use<> {
         self.numbers.clear();
+        // Not another map, which would ask the system for randomness.
+        self.known.drain().collect::<Vec<_>>()
     }
 }

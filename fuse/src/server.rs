@@ -1,6 +1,7 @@
 //! From a message to an operation and back; the session, and what it counts.
 
 use std::collections::HashMap;
+use std::fmt::Debug;
 
 use fuse_abi::linux::{self as abi, fuse_opcode};
 use rustix::fd::BorrowedFd;
@@ -68,6 +69,8 @@ pub struct Server {
     waits: HashMap<Ticket, u64>,
     arguments: Vec<u8>,
     reply: Vec<u8>,
+    /// What was held before resets.
+    left: Vec<Box<dyn Send + Debug>>,
 }
 
 impl Server {
@@ -87,6 +90,7 @@ impl Server {
             waits: HashMap::new(),
             arguments: Vec::new(),
             reply: Vec::new(),
+            left: Vec::new(),
         })
     }
 
@@ -162,13 +166,23 @@ impl Server {
         self.locks.event()
     }
 
-    /// Forgets everything about the guest.
+    /// Forgets everything about the guest. What it held is kept until [`Server::let_go`], so that any thread may do this: the
+    /// only system call is one that makes [`Server::event`] readable.
     pub fn reset(&mut self) {
+        self.end_session();
+        self.locks.wake();
+    }
+
+    /// As [`Server::reset`], for the thread that serves, which lets go at once.
+    pub(crate) fn end_session(&mut self) {
         self.session = false;
         self.waits.clear();
-        self.locks.clear();
-        self.handles.clear();
-        self.nodes.clear();
+        self.left.push(Box::new((self.handles.take(), self.nodes.take(), self.locks.take())));
+    }
+
+    /// Closes what was held before a reset. To be called by the thread that serves, before it serves anything else.
+    pub fn let_go(&mut self) {
+        self.left.clear();
     }
 
     /// What was counted, and what the guest holds now.

@@ -10,6 +10,8 @@
 
 mod message;
 #[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
 mod tests;
 
 use std::collections::HashMap;
@@ -174,6 +176,10 @@ impl VirtioDevice for Fs {
         self.server.reset();
         self.kept.clear();
         self.limiter.iter_mut().for_each(Limiter::reset);
+    }
+
+    fn let_go(&mut self) {
+        self.server.let_go();
     }
 
     fn watched(&self) -> Vec<Watch> {

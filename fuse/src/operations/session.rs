@@ -45,7 +45,8 @@ impl Server {
         if request.major < abi::FUSE_KERNEL_VERSION || request.minor < MINOR_MIN {
             return Err(Errno::PROTO);
         }
-        self.reset();
+        self.end_session();
+        self.let_go();
         self.session = true;
         let offered = u64::from(request.flags) | u64::from(request.flags2) << 32;
         let accepted = offered & self.features();
@@ -84,7 +85,8 @@ impl Server {
     }
 
     pub(super) fn destroy(&mut self) -> Outcome {
-        self.reset();
+        self.end_session();
+        self.let_go();
         Ok(Done::Reply)
     }
 

@@ -77,6 +77,7 @@ proptest! {
                 Step::Raw(bytes) => (bytes, 4096),
                 Step::Reset => {
                     client.server.reset();
+    client.server.let_go();
                     client.init();
                     continue;
                 }

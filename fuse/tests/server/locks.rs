@@ -109,6 +109,7 @@ fn closing_a_file_releases_the_locks_of_its_process_only() {
     other.lock(1, WRITE, (0, 9)).unwrap();
     assert_eq!(other.lock(1, WRITE, (10, 19)), Err(libc::EAGAIN));
     one.client.server.reset();
+    one.client.server.let_go();
     other.lock(1, WRITE, (10, 19)).unwrap();
 }
 
@@ -161,6 +162,9 @@ fn a_wait_that_a_reset_called_off_leaves_no_lock_behind() {
     one.flock(WRITE).unwrap();
     assert!(matches!(other.wait(1, WRITE, true), Ok(Ended::Waiting(_))));
     other.client.server.reset();
+    // That there is something to let go of.
+    assert_eq!(other.over(), []);
+    other.client.server.let_go();
     one.flock(UNLOCK).unwrap();
     // It is told, but to nobody.
     assert_eq!(other.over(), []);
