@@ -1,7 +1,7 @@
 //! The contract between a virtio device and its transport (VIRTIO 1.2 chapter 2, "Basic Facilities of a Virtio Device").
 //!
 //! A device is plain logic: the transport owns its queues, its registers and its place in the event loop, takes its lock,
-//! and calls it. A device therefore has no threads, no locks and no interrupt of its own to get wrong.
+//! and calls it. A device therefore has no event loop, no locks and no interrupt of its own to get wrong.
 
 use std::os::fd::RawFd;
 
@@ -130,6 +130,10 @@ pub trait VirtioDevice: Send {
         Err(StateError::Unsupported(self.device_type()))
     }
 
+    /// Lets go of what the driver made it hold before a reset, as far as the thread that resets it may not. Called by the thread
+    /// that calls [`VirtioDevice::process`], before each event, also of a device that is not in service.
+    fn let_go(&mut self) {}
+
     /// Makes what the device will need later, and nothing to describe it to the driver. Called once, by the thread that will
     /// call [`VirtioDevice::process`], before that is confined and while the guest already begins.
     fn prepare(&mut self) {}
@@ -138,6 +142,12 @@ pub trait VirtioDevice: Send {
     /// loop, after [`VirtioDevice::prepare`].
     fn watched(&self) -> Vec<Watch> {
         Vec::new()
+    }
+
+    /// Whether the device may wait for what is behind it, for as long as that likes: it is then in an event loop of its own, on
+    /// a thread that holds up nobody else, and not flushed.
+    fn may_wait(&self) -> bool {
+        false
     }
 
     /// What the device has counted since it was made, by name: `snake_case`, with the unit last (`read_bytes`). The

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use vm_memory::VolatileSlice;
 
@@ -41,6 +41,33 @@ pub fn read_cached_at(file: &File, buffers: &[VolatileSlice<'_>], offset: u64) -
         // SAFETY: the vectors come from `VolatileSlice`s, valid for writes of their length while borrowed here.
         let done = unsafe { libc::preadv2(file.as_raw_fd(), vectors.as_ptr(), count, position, libc::RWF_NOWAIT) };
         usize::try_from(done).map_err(|_| io::Error::last_os_error())
+    })
+}
+
+/// Reads into `buffers`, in order, from `offset` of the file until they are full or the file ends, and says how much.
+///
+/// # Errors
+/// What the system says, when nothing was read.
+pub fn read_at(file: BorrowedFd<'_>, buffers: &[VolatileSlice<'_>], offset: u64) -> io::Result<usize> {
+    with_vectors(buffers, |vectors| {
+        // SAFETY: as for `read_exact_at`.
+        moved(transfer_some(vectors, offset, |vectors, count, offset| unsafe {
+            libc::preadv64(file.as_raw_fd(), vectors, count, offset)
+        }))
+    })
+}
+
+/// Writes `buffers`, in order, at `offset` of the file, or at its end with `append`, and says how much was written.
+///
+/// # Errors
+/// What the system says, when nothing was written.
+pub fn write_at(file: BorrowedFd<'_>, buffers: &[VolatileSlice<'_>], offset: u64, append: bool) -> io::Result<usize> {
+    let flags = if append { libc::RWF_APPEND } else { 0 };
+    with_vectors(buffers, |vectors| {
+        // SAFETY: as for `write_all_at`.
+        moved(transfer_some(vectors, offset, |vectors, count, offset| unsafe {
+            libc::pwritev2(file.as_raw_fd(), vectors, count, offset, flags)
+        }))
     })
 }
 
@@ -83,28 +110,55 @@ fn with_vectors<T>(
     call(&mut vectors)
 }
 
+/// Moves all of `vectors`.
 fn transfer(
+    vectors: &mut [libc::iovec],
+    offset: u64,
+    call: impl Fn(*const libc::iovec, i32, i64) -> isize,
+) -> io::Result<()> {
+    let wanted: usize = vectors.iter().map(|vector| vector.iov_len).sum();
+    let (done, outcome) = transfer_some(vectors, offset, call);
+    outcome?;
+    if done == wanted { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+}
+
+/// Moves what can be moved. Says how much that was, and why not more.
+fn transfer_some(
     mut rest: &mut [libc::iovec],
     mut offset: u64,
     call: impl Fn(*const libc::iovec, i32, i64) -> isize,
-) -> io::Result<()> {
+) -> (usize, io::Result<()>) {
+    let mut total = 0;
     while !rest.is_empty() {
         if rest[0].iov_len == 0 {
             rest = &mut rest[1..];
             continue;
         }
-        let done = match call(rest.as_ptr(), count(rest), position(offset)?) {
-            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+        let position = match position(offset) {
+            Ok(position) => position,
+            Err(error) => return (total, Err(error)),
+        };
+        let done = match call(rest.as_ptr(), count(rest), position) {
+            0 => break,
             done if done > 0 => done.unsigned_abs(),
             _ => match io::Error::last_os_error() {
                 error if error.kind() == io::ErrorKind::Interrupted => continue,
-                error => return Err(error),
+                error => return (total, Err(error)),
             },
         };
+        total += done;
         offset += done as u64;
         rest = advance(rest, done);
     }
-    Ok(())
+    (total, Ok(()))
+}
+
+/// What was moved counts, also when not everything was.
+fn moved((done, outcome): (usize, io::Result<()>)) -> io::Result<usize> {
+    match outcome {
+        Err(error) if done == 0 => Err(error),
+        _ => Ok(done),
+    }
 }
 
 /// How many vectors go into one call.
@@ -171,5 +225,29 @@ mod tests {
         }
         let error = read_cached_at(&file, &[slice], u64::MAX).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+    }
+
+    #[test]
+    fn what_can_be_moved_is_and_appending_goes_to_the_end() {
+        use std::os::fd::AsFd;
+
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+        let slice = |at, length| {
+            memory.get_slices(GuestAddress(at), length, Permissions::Write).unwrap().next().unwrap().unwrap()
+        };
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"0123456789").unwrap();
+        memory.write_slice(b"abcdef", GuestAddress(0x100)).unwrap();
+
+        let appended = write_at(file.as_fd(), &[slice(0x100, 2), slice(0x104, 2)], 3, true).unwrap();
+        let written = write_at(file.as_fd(), &[slice(0x100, 2)], 1, false).unwrap();
+        let read = read_at(file.as_fd(), &[slice(0x200, 8), slice(0x300, 8)], 0).unwrap();
+
+        let mut content = [0; 8];
+        memory.read_slice(&mut content, GuestAddress(0x200)).unwrap();
+        assert_eq!((appended, written, read, &content), (4, 2, 14, b"0ab34567"));
+        memory.read_slice(&mut content[..6], GuestAddress(0x300)).unwrap();
+        assert_eq!(&content[..6], b"89abef");
+        assert!(read_at(file.as_fd(), &[slice(0, 8)], u64::MAX).is_err());
     }
 }

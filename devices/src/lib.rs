@@ -4,8 +4,8 @@
 //! - [`device`]: the contract between a device and its transport.
 //! - [`queue`]: a virtqueue as devices use it: bounded, and broken for good when the driver breaks the rules.
 //! - [`mmio`]: the virtio-mmio transport; owns the queues and drives the device from the event loop.
-//! - [`balloon`], [`blk`], [`console`], [`mem`], [`net`], [`pmem`], [`rng`], [`vsock`]: one device a file or folder, each in
-//!   the same order: what it is, its limits, its errors, the device, its request processing, its tests.
+//! - [`balloon`], [`blk`], [`console`], [`fs`], [`mem`], [`net`], [`pmem`], [`rng`], [`vsock`]: one device a file or folder,
+//!   each in the same order: what it is, its limits, its errors, the device, its request processing, its tests.
 //! - [`reclaim`]: giving guest memory back to the host.
 //! - [`state`]: what is kept of a device when its VM is saved.
 //! - [`limit`]: token buckets for devices that move data.
@@ -23,6 +23,7 @@ pub mod blk;
 mod conformance;
 pub mod console;
 pub mod device;
+pub mod fs;
 pub mod guest_io;
 pub mod limit;
 pub mod mem;

@@ -31,6 +31,10 @@ use crate::state::{self, DeviceState, StateError, impossible};
 pub const WINDOW: u64 = 0x1000;
 /// The offset of the QueueNotify register, for `KVM_IOEVENTFD`.
 pub const QUEUE_NOTIFY: u64 = 0x50;
+/// The offset of the InterruptStatus register: [`Interrupt::status`], which needs no lock.
+pub const INTERRUPT_STATUS: u64 = 0x60;
+/// The offset of the InterruptACK register: [`Interrupt::acknowledge`], which needs no lock.
+pub const INTERRUPT_ACK: u64 = 0x64;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
@@ -107,6 +111,7 @@ impl MmioDevice {
             virtio_ids::VIRTIO_ID_NET => "network",
             virtio_ids::VIRTIO_ID_RNG => "entropy",
             virtio_ids::VIRTIO_ID_CONSOLE => "console",
+            virtio_ids::VIRTIO_ID_FS => "file system",
             _ => "unknown",
         }
     }
@@ -118,6 +123,11 @@ impl MmioDevice {
             status if status & DRIVER_OK != 0 => "ready",
             _ => "reset",
         }
+    }
+
+    /// Whether the device may wait (see [`VirtioDevice::may_wait`]).
+    pub fn may_wait(&self) -> bool {
+        self.device.may_wait()
     }
 
     /// What the device and its transport have counted, by name.
@@ -274,7 +284,7 @@ impl MmioDevice {
             0x10 => half(self.offered(), self.device_features_high),
             0x34 => self.selected().map_or(0, |queue| queue.ring().max_size().into()),
             0x44 => self.selected().map_or(0, |queue| queue.ring().ready().into()),
-            0x60 => self.interrupt.status(),
+            INTERRUPT_STATUS => self.interrupt.status(),
             0x70 => self.status,
             // SHMLenLow and SHMLenHigh: the device has no shared memory (§4.2.2.1).
             0xb0 | 0xb4 => u32::MAX,
@@ -292,7 +302,7 @@ impl MmioDevice {
             }
             0x24 => self.driver_features_high = value == 1,
             0x30 => self.selected_queue = value,
-            0x64 => self.interrupt.acknowledge(value),
+            INTERRUPT_ACK => self.interrupt.acknowledge(value),
             0x70 => self.set_status(value),
             0x38 | 0x44 | 0x80..=0xa4 => self.configure_queue(offset, value),
             // QueueNotify is an eventfd; what comes here is for a queue that does not exist.
@@ -396,6 +406,7 @@ impl MmioDevice {
 
     /// Calls the device, if it runs, and takes it out of service when the driver broke it.
     pub(crate) fn dispatch(&mut self, event: Event) {
+        self.device.let_go();
         if self.status & DRIVER_OK == 0 || self.status & NEEDS_RESET != 0 {
             return;
         }
@@ -494,6 +505,7 @@ mod tests {
             Box::new(Console::new(ConsoleOutput::default(), None)),
             Box::new(Vsock::new(HostPorts::default(), None, None).unwrap()),
             Box::new(crate::net::peer::device()),
+            crate::fs::testing::device(),
             Box::new(Balloon::new(HostBalloon::new().unwrap())),
             Box::new(Mem::new(HostMem::new(2 << 20).unwrap(), 2 << 20)),
             Box::new(Pmem::new(None, 2 << 20..4 << 20)),

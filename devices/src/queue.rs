@@ -388,6 +388,28 @@ impl VirtQueue {
     pub fn serve<'m>(
         &mut self,
         memory: &'m GuestMemory,
+        handle: impl FnMut(Chain<'m>) -> Result<Served, Broken>,
+    ) -> Result<(), Broken> {
+        self.serve_and_signal(memory, false, handle)
+    }
+
+    /// As [`VirtQueue::serve`], for a device that may wait: the driver is interrupted after each chain, since the next one may
+    /// take long and whoever waits for this one could go on.
+    ///
+    /// # Errors
+    /// As [`VirtQueue::for_each`].
+    pub fn serve_each<'m>(
+        &mut self,
+        memory: &'m GuestMemory,
+        handle: impl FnMut(Chain<'m>) -> Result<Served, Broken>,
+    ) -> Result<(), Broken> {
+        self.serve_and_signal(memory, true, handle)
+    }
+
+    fn serve_and_signal<'m>(
+        &mut self,
+        memory: &'m GuestMemory,
+        at_once: bool,
         mut handle: impl FnMut(Chain<'m>) -> Result<Served, Broken>,
     ) -> Result<(), Broken> {
         if !self.ring.ready() {
@@ -402,7 +424,10 @@ impl VirtQueue {
                 match handle(chain)? {
                     Served::Used(written) => {
                         self.push(memory, head, written)?;
-                        used = true;
+                        used = !at_once;
+                        if at_once {
+                            self.signal(memory)?;
+                        }
                     }
                     Served::Kept => {}
                     Served::Refused => {

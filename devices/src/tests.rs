@@ -1,5 +1,5 @@
 //! What all devices have in common: each figure that one counts is a figure that something makes it count, and nothing that
-//! makes it count takes a system call that the event loop's thread may not make.
+//! makes it count takes a system call that the thread may not make which the device is on.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -11,6 +11,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use fuse::{Export, Limits, Options as ExportOptions, Quota, Server, Source};
+use fuse_abi::linux::{FUSE_LK_FLOCK, FUSE_ROOT_ID};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MQ};
 use vm_memory::{Bytes, GuestAddress};
@@ -20,6 +22,7 @@ use crate::balloon::host::HostBalloon;
 use crate::blk::{Blk, Options};
 use crate::console::{Console, ConsoleOutput};
 use crate::device::{Event, VirtioDevice};
+use crate::fs::Fs;
 use crate::limit::{Limiter, Rate};
 use crate::mem::Mem;
 use crate::mem::host::HostMem;
@@ -46,9 +49,9 @@ fn limiter() -> Option<Limiter> {
     Some(Limiter::new(None, Some(rate)).unwrap())
 }
 
-/// Set for a test that is to do its work as the event loop does it.
+/// Set for a test that is to do its work as a device's thread does it.
 const CONFINED: &str = "DEVICES_CONFINED";
-/// The exit code of its process, which has to end there: the event loop's thread never ends by itself, and may not.
+/// The exit code of its process, which has to end there: such a thread never ends by itself, and may not.
 const CONFINED_CODE: i32 = 42;
 
 /// Starts a device, has `drive` make it count, and breaks and resets it; gives the figures that are still zero.
@@ -58,7 +61,8 @@ fn idle_figures(device: Box<dyn VirtioDevice>, queue: u16, drive: impl FnOnce(&m
 
 fn idle_figures_of(mut driver: Driver, queue: u16, drive: impl FnOnce(&mut Driver)) -> BTreeSet<&'static str> {
     if std::env::var_os(CONFINED).is_some() {
-        jailer::thread(jailer::Thread::EventLoop).unwrap();
+        let kind = if driver.device.may_wait() { jailer::Thread::Fs } else { jailer::Thread::EventLoop };
+        jailer::thread(kind).unwrap();
     }
     drive(&mut driver);
     driver.set_available(queue.into(), 5000);
@@ -80,7 +84,7 @@ fn idle_figures_of(mut driver: Driver, queue: u16, drive: impl FnOnce(&mut Drive
 
 /// In processes of their own: a thread's filter cannot be taken off, and what is not allowed kills.
 #[test]
-fn devices_do_nothing_that_is_not_allowed_to_the_event_loop() {
+fn devices_do_nothing_that_is_not_allowed_to_their_threads() {
     let program = std::env::current_exe().unwrap();
     for device in [
         "the_entropy_device",
@@ -89,6 +93,8 @@ fn devices_do_nothing_that_is_not_allowed_to_the_event_loop() {
         "a_disk",
         "a_disk_without_a_ring",
         "a_network_device",
+        "a_file_system_device",
+        "a_file_system_device_that_is_read_only",
     ] {
         let test = format!("tests::every_figure_of_{device}_counts");
         let output = Command::new(&program).args(["--exact", &test]).env(CONFINED, "1").output().unwrap();
@@ -123,6 +129,35 @@ fn connections_are_let_go_of_with_what_is_allowed_to_a_vcpu() {
     let _driver = vcpu.join().unwrap();
     // What the caller was connected with is closed.
     assert_eq!(rustix::io::read(&caller, &mut [0]), Ok(0));
+    std::process::exit(CONFINED_CODE);
+}
+
+#[test]
+fn files_are_let_go_of_with_what_is_allowed_to_a_vcpu_and_later() {
+    if std::env::var_os(CONFINED).is_none() {
+        let test = "tests::files_are_let_go_of_with_what_is_allowed_to_a_vcpu_and_later";
+        let program = std::env::current_exe().unwrap();
+        let output = Command::new(&program).args(["--exact", test]).env(CONFINED, "1").output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(CONFINED_CODE), "{} {text}", output.status);
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let mut driver = Driver::new(shared(&folder, false)).start();
+    look_around(&mut driver);
+    // A folder that was made, counts, and is removed while the guest holds it.
+    ask(&mut driver, 11, FUSE_ROOT_ID, b"made\0");
+    let added = driver.metric("added_bytes");
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // As a vCPU's thread, which is over without ending the process.
+            jailer::thread(jailer::Thread::Vcpu).unwrap();
+            driver.write(0x70, 0);
+        });
+    });
+    let held = driver.metric("added_bytes");
+    driver.device.dispatch(Event::Backend(0));
+    assert_eq!((added > 0, held, driver.metric("added_bytes")), (true, added, 0));
     std::process::exit(CONFINED_CODE);
 }
 
@@ -320,4 +355,71 @@ fn a_chain_longer_than_any_queue_is_not_followed_to_its_end() {
     let head = driver.offer_endless(1, data(0, 1));
     driver.device.dispatch(Event::Queue(1));
     assert_eq!((driver.used(1), driver.metric("output_bytes")), (Some((head, 0)), 0));
+}
+
+/// A directory with a file in it of ten bytes, of which the guest may hold little and add less.
+fn shared(folder: &tempfile::TempDir, read_only: bool) -> Box<Fs> {
+    std::fs::write(folder.path().join("file"), "0123456789").unwrap();
+    let quota = Quota { bytes: Some(16 << 10), inodes: Some(1) };
+    let limits = Limits { handles: 2, ..Limits::default() };
+    let options = ExportOptions { read_only, noexec: true, quota, limits, ..ExportOptions::default() };
+    let source = Source::Directory(File::open(folder.path()).unwrap().into());
+    let export = Export::new(source, options, fuse::descriptors().unwrap()).unwrap();
+    fuse::prepare_thread(options.ownership, None).unwrap();
+    Box::new(Fs::new(Server::new(export).unwrap(), "tag", 1, limiter()).unwrap())
+}
+
+/// Asks a file system device for something; gives the number that follows the reply's header.
+fn ask(driver: &mut Driver, opcode: u32, node: u64, body: &[u8]) -> u64 {
+    let (length, unique) = (40 + body.len() as u32, 1u64);
+    driver.memory.write_obj([length, opcode], GuestAddress(BUFFERS)).unwrap();
+    driver.memory.write_obj([unique, node, 0, 0], GuestAddress(BUFFERS + 8)).unwrap();
+    driver.memory.write_slice(body, GuestAddress(BUFFERS + 40)).unwrap();
+    driver.offer(1, &[data(0, length), room(0x1000, 4096)]);
+    driver.device.dispatch(Event::Queue(1));
+    driver.memory.read_obj(GuestAddress(BUFFERS + 0x1010)).unwrap()
+}
+
+/// Begins a session, which is all that the limits admit, finds the file, and tries to make one and a folder.
+fn look_around(driver: &mut Driver) -> u64 {
+    let words = |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+    ask(driver, 26, 0, &words(&[&[7, 40, 0, u32::MAX][..], &[0; 12]].concat()));
+    ask(driver, 1, FUSE_ROOT_ID, b"file\0");
+    driver.device.flush();
+    for name in [b"made\0", b"more\0"] {
+        ask(driver, 9, FUSE_ROOT_ID, &[&words(&[0o755, 0])[..], name].concat());
+    }
+    let node = ask(driver, 1, FUSE_ROOT_ID, b"file\0");
+    // To execute it.
+    ask(driver, 14, node, &words(&[0x20, 0]));
+    node
+}
+
+#[test]
+fn every_figure_of_a_file_system_device_counts() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut idle = idle_figures(shared(&folder, false), 1, |driver| {
+        let node = look_around(driver);
+        let numbers = |numbers: &[u64]| numbers.iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<u8>>();
+        let [first, second, _] = [0; 3].map(|_| ask(driver, 14, node, &numbers(&[2])));
+        ask(driver, 16, node, &[&numbers(&[first, 0, 4, 0, 0])[..], b"data"].concat());
+        ask(driver, 15, node, &numbers(&[first, 0, 4, 0, 0]));
+        for handle in [first, second] {
+            // For writing, which is in the way of itself.
+            ask(driver, 33, node, &numbers(&[handle, 1, 0, u64::MAX >> 1, 1, u64::from(FUSE_LK_FLOCK)]));
+        }
+    });
+    // Whoever waits for a lock has it some time after the reset.
+    idle.remove("lock_waiters");
+    // Nothing is held once it was reset.
+    assert_eq!(idle, BTreeSet::from(["inodes", "handles", "read_only_refusals"]));
+}
+
+#[test]
+fn every_figure_of_a_file_system_device_that_is_read_only_counts() {
+    let folder = tempfile::tempdir().unwrap();
+    let idle = idle_figures(shared(&folder, true), 1, |driver| {
+        look_around(driver);
+    });
+    assert!(!idle.contains("read_only_refusals") && idle.contains("added_bytes"), "{idle:?}");
 }

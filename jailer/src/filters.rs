@@ -15,10 +15,12 @@ pub enum Thread {
     Vcpu,
     /// Serves the API, talks to the agent and moves the container's streams.
     Api,
+    /// Serves a directory or a file of the host to the guest.
+    Fs,
 }
 
 /// Restricts the calling thread. After it has what it needs: only the API's can open anything any more, in the folder that it
-/// was given for the container's log and the record of its end.
+/// was given for the container's log and the record of its end, and one that serves files, below what it exports.
 ///
 /// # Errors
 /// [`JailError::Filter`].
@@ -27,6 +29,7 @@ pub fn thread(kind: Thread) -> Result<(), JailError> {
         Thread::EventLoop => EVENT_LOOP,
         Thread::Vcpu => VCPU,
         Thread::Api => API,
+        Thread::Fs => FS,
     };
     apply_filter(filter).map_err(|source| JailError::Filter { kind, source })
 }

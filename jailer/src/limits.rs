@@ -38,6 +38,17 @@ impl Limits {
         Self { address_space, threads, files: FILES, file_size: largest_drive.max(FILE_SIZE) }
     }
 
+    /// With what it takes to serve files: so many more threads and descriptors, and files of any size if they are written to.
+    #[must_use]
+    pub fn serving(self, threads: u64, descriptors: u64, written: bool) -> Self {
+        Self {
+            address_space: self.address_space + threads * THREAD_SPACE,
+            threads: self.threads + threads,
+            files: self.files + descriptors,
+            file_size: if written { u64::MAX } else { self.file_size },
+        }
+    }
+
     /// Puts them in force. None exceeds what the caller had.
     pub(crate) fn apply(&self) -> Result<(), JailError> {
         let limits = [

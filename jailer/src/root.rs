@@ -29,7 +29,7 @@ pub(crate) fn folder(path: &Path) -> Result<OwnedFd, JailError> {
         source: errno.into(),
     })?;
     // Nothing in it could be used for anything without it, but for a kernel that is too old for it.
-    _ = sys::harden_mount(tree.as_fd());
+    _ = sys::set_mount(tree.as_fd(), sys::Attributes::Harmless { read_only: false });
     Ok(tree)
 }
 

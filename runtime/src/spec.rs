@@ -96,6 +96,7 @@ pub fn vm((vcpus, memory_mib): (u8, u32), kernel: PathBuf, initramfs: PathBuf, i
         drives: vec![DriveConfig { file: DriveFile::Descriptor(image), read_only: true, limits: None }],
         networks: Vec::new(),
         pmem: Vec::new(),
+        filesystems: Vec::new(),
         // Each device is probed while the guest boots, and a page that is given back faults when it is wanted again.
         balloon: false,
         vsock: Vec::new(),

@@ -7,6 +7,7 @@
 //! - [`boot`]: the kernel image, the zero page, the MP table and the first registers.
 //! - [`cpuid`]: what the guest's CPUs say they are.
 //! - [`resources`] and `sockets`: what a VM is made of, opened before the jail is entered.
+//! - [`files`]: the threads that serve files of the host, from the moment that the jail has been entered.
 //! - [`machine`]: the VM in phases: memory, devices, vCPUs.
 //! - `attach`: from the configuration to devices that are connected with the VM.
 //! - [`inherited`]: descriptors that the front end left open.
@@ -17,12 +18,13 @@
 //! - [`probe`]: whether this host's KVM can run guests.
 //!
 //! # Threads
-//! `main` runs the event loop and all devices; `vcpu N` runs guest code and handles register accesses; `api` serves the
+//! `main` runs the event loop and all devices but those that serve files, which are each on a `files N`; `vcpu N` runs guest code and handles register accesses; `api` serves the
 //! API, talks to the agent and moves the streams of containers (crate `api`). `populate` is over before the guest runs.
 
 mod attach;
 pub mod boot;
 pub mod cpuid;
+pub mod files;
 pub mod inherited;
 pub mod layout;
 pub mod machine;

@@ -13,7 +13,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use api::config::VmConfig;
 use devices::GuestMemory;
 use devices::console::ConsoleOutput;
+use devices::mmio::MmioDevice;
 use devices::serial::Serial;
+use fuse::Export;
 use kvm_bindings::{CpuId, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use thiserror::Error;
@@ -94,6 +96,8 @@ pub struct Machine {
     pub vcpus: Vec<VcpuFd>,
     /// What their exits are for.
     pub bus: Bus,
+    /// Those of its devices that may wait, each to be in an event loop of its own.
+    pub separate: Vec<Arc<Mutex<MmioDevice>>>,
     /// What the guest prints.
     pub console: ConsoleOutput,
     /// What can be done with its memory.
@@ -102,11 +106,16 @@ pub struct Machine {
     pub vm: VmFd,
 }
 
-/// Builds a VM of what was opened for it.
+/// Builds a VM of what was opened for it; `exports` is what its file systems show.
 ///
 /// # Errors
 /// [`MachineError`] names the step, the file or the number.
-pub fn build(config: &VmConfig, resources: Resources, echo_console: bool) -> Result<Machine, MachineError> {
+pub fn build(
+    config: &VmConfig,
+    resources: Resources,
+    exports: Vec<Export>,
+    echo_console: bool,
+) -> Result<Machine, MachineError> {
     let Resources { kvm: kvm_device, kernel, initramfs, drives, pmem, taps, ports, socket } = resources;
     let guest = memory::reserve(config.memory_mib)?;
     let kernel =
@@ -126,12 +135,14 @@ pub fn build(config: &VmConfig, resources: Resources, echo_console: bool) -> Res
     vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
 
     let console = ConsoleOutput::new(echo_console);
-    let devices = attach::devices(config, &vm, memory, Opened { drives, taps, ports, socket }, &console)?;
+    let devices = attach::devices(config, &vm, memory, Opened { drives, taps, exports, ports, socket }, &console)?;
+    let may_wait = |device: &&Arc<Mutex<MmioDevice>>| device.lock().unwrap_or_else(PoisonError::into_inner).may_wait();
+    let separate = devices.iter().filter(may_wait).cloned().collect();
     let serial = config.serial.then(|| Arc::new(Mutex::new(Serial::new(console.clone()))));
     describe(config, &guest, devices.len(), initramfs)?;
     let vcpus = add_vcpus(&kvm_device, &vm, &guest, config.vcpus, kernel.entry)?;
     populating.finish();
-    Ok(Machine { vcpus, bus: Bus { devices: devices.into(), serial }, console, memory: controls, vm })
+    Ok(Machine { vcpus, bus: Bus::new(devices, serial), separate, console, memory: controls, vm })
 }
 
 fn add_memory(vm: &VmFd, memory: &Arranged) -> Result<(), MachineError> {
@@ -233,9 +244,15 @@ fn add_vcpus(device: &Kvm, vm: &VmFd, guest: &GuestMemory, count: u8, entry: u64
 }
 
 impl Machine {
+    /// Its devices that never wait, for the one event loop.
+    pub fn together(&self) -> impl Iterator<Item = &Arc<Mutex<MmioDevice>>> {
+        let is_separate = |device: &Arc<_>| self.separate.iter().any(|separate| Arc::ptr_eq(separate, device));
+        self.bus.devices.iter().filter(move |device| !is_separate(device))
+    }
+
     /// Delivers what the guest handed over before it ended, waiting for slow receivers.
     pub fn flush(&self) {
-        for device in self.bus.devices.iter() {
+        for device in self.together() {
             device.lock().unwrap_or_else(PoisonError::into_inner).flush();
         }
     }

@@ -168,7 +168,7 @@ fn probe() -> Result<u8> {
 /// Enters a jail that holds nothing, for `cofferdam doctor` to see whether that can be done. The process was born for it.
 fn jail() -> Result<u8> {
     let (user, limits) = (jailer::identity::user("doctor"), jailer::Limits::new(1, 0, 0));
-    jailer::Jail { folder: None, user, limits, tied: false }.enter()?;
+    jailer::Jail { folder: None, user, limits, tied: false, trees: &[] }.enter()?;
     Ok(0)
 }
 

@@ -13,19 +13,20 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::{io, thread};
 
-use api::config::LaunchConfig;
+use api::config::{FilesystemConfig, LaunchConfig, VmConfig};
 use api::folder::Folder;
 use api::model::{Balloon, Device, VmBoot};
 use api::server::{self, DeviceFigures, Outcome, Plugged, Setup};
 use api::session::{chain, now};
 use devices::vsock::ports::HostPorts;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use jailer::{Jail, JailError};
+use jailer::{Entered, Jail, JailError, Tree};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::attach::memory::Controls;
+use crate::files::{self, FilesError, Served, Taken};
 use crate::machine::{self, Machine, MachineError};
 use crate::pause::Threads;
 use crate::resources::{ResourceError, Resources};
@@ -43,6 +44,9 @@ pub enum MonitorError {
     /// The jail is not in force.
     #[error("cannot confine the monitor")]
     Jail(#[from] JailError),
+    /// Files of the host cannot be served.
+    #[error(transparent)]
+    Files(#[from] FilesError),
     /// The VM was not built.
     #[error("cannot build the VM")]
     Machine(#[from] MachineError),
@@ -95,6 +99,8 @@ pub struct Inside {
     pub statm: File,
     /// What the VM is made of.
     pub resources: Resources,
+    /// What its file systems show, and who serves it, in their order.
+    pub served: Vec<Served>,
     /// Where the container's log and the record of its end go.
     pub folder: Option<Folder>,
 }
@@ -112,20 +118,35 @@ pub fn enter(config: &LaunchConfig, tied: Option<OwnedFd>) -> Result<Inside, Mon
     let resources = Resources::open(vm)?;
     let id = config.container.as_ref().map(|container| container.spec.id.clone());
     let id = id.or_else(|| Some(config.folder.as_ref()?.display().to_string())).unwrap_or_default();
+    let trees = vm.filesystems.iter().map(|config| Tree { path: &config.path, read_only: config.read_only });
     let jail = Jail {
         folder: config.folder.as_deref(),
         user: jailer::identity::user(&id),
-        limits: jailer::Limits::new(vm.vcpus, resources.mapped_mib(vm)?, resources.largest_drive(vm)?),
+        limits: limits(vm, &resources)?,
         tied: tied.is_some(),
+        trees: &trees.collect::<Vec<_>>(),
     };
-    let folder = jail.enter()?.zip(config.folder.clone()).map(|(descriptor, path)| Folder::new(descriptor, path));
+    let Entered { folder, trees, descriptors, owners } = jail.enter()?;
+    let folder = folder.zip(config.folder.clone()).map(|(descriptor, path)| Folder::new(descriptor, path));
+    let served = files::start(&vm.filesystems, Taken { trees, descriptors, owners })?;
+    if owners {
+        jailer::identity::drop_rest()?;
+    }
     // It may have ended before it was said that this process ends with it.
     if let Some(parent) = tied
         && poll(&mut [PollFd::new(&parent, PollFlags::IN)], Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
     {
         return Err(system("go on without the process that started it")(io::ErrorKind::BrokenPipe.into()));
     }
-    Ok(Inside { pid, statm, resources, folder })
+    Ok(Inside { pid, statm, resources, served, folder })
+}
+
+/// What a monitor may use that runs this VM.
+fn limits(vm: &VmConfig, resources: &Resources) -> Result<jailer::Limits, ResourceError> {
+    let limits = jailer::Limits::new(vm.vcpus, resources.mapped_mib(vm)?, resources.largest_drive(vm)?);
+    let descriptors = vm.filesystems.iter().map(FilesystemConfig::descriptors).sum();
+    let written = vm.filesystems.iter().any(|filesystem| !filesystem.read_only);
+    Ok(limits.serving(vm.file_threads().into(), descriptors, written))
 }
 
 /// Runs a VM to its end, and serves its API at `listener`.
@@ -138,10 +159,14 @@ pub fn run(
     listener: Option<UnixListener>,
     started: u64,
 ) -> Result<Outcome, MonitorError> {
-    let Inside { pid, statm, resources, folder } = inside;
+    let Inside { pid, statm, resources, served: files, folder } = inside;
     let ports = resources.ports.clone();
     let served = config.container.is_some() || listener.is_some();
-    let mut machine = machine::build(&config.vm, resources, !served)?;
+    let (exports, threads): (Vec<_>, Vec<_>) = files.into_iter().map(|files| (files.export, files.thread)).unzip();
+    let mut machine = machine::build(&config.vm, resources, exports, !served)?;
+    for (thread, device) in threads.into_iter().zip(&machine.separate) {
+        thread.serve(Arc::clone(device));
+    }
     let boot = VmBoot { monitor_started_ns: started, vm_created_ns: now(), ..VmBoot::default() };
     let event = EventFd::new(EFD_NONBLOCK).map_err(system("make an eventfd"))?;
     let (ends, ended) = mpsc::channel();
@@ -262,7 +287,7 @@ type Subscriber = Arc<Mutex<dyn MutEventSubscriber>>;
 
 fn subscribe(machine: &Machine, event: EventFd) -> Result<EventManager<Subscriber>, MonitorError> {
     let mut events = EventManager::new().map_err(MonitorError::EventLoop)?;
-    for device in machine.bus.devices.iter() {
+    for device in machine.together() {
         let subscriber: Subscriber = Arc::clone(device) as Subscriber;
         events.add_subscriber(subscriber);
     }
@@ -299,9 +324,7 @@ fn wait(events: &mut EventManager<Subscriber>, ended: &Receiver<End>) -> Result<
 /// Confines the calling thread, or ends the process: nothing of the guest is handled by a thread that is not.
 pub(crate) fn confine(kind: jailer::Thread) {
     if let Err(error) = jailer::thread(kind) {
-        // The disk behind it may be full.
-        let _ = writeln!(io::stderr(), "error: {}", chain(&error));
-        std::process::exit(api::control::EXIT_FAILED.into());
+        fail(&error);
     }
 }
 
@@ -309,6 +332,13 @@ pub(crate) fn confine(kind: jailer::Thread) {
 fn resident(statm: &[u8]) -> Option<u64> {
     let pages: u64 = std::str::from_utf8(statm).ok()?.split_whitespace().nth(1)?.parse().ok()?;
     Some(pages << 12)
+}
+
+/// Ends the process.
+pub(crate) fn fail(error: &dyn std::error::Error) -> ! {
+    // The disk behind it may be full.
+    let _ = writeln!(io::stderr(), "error: {}", chain(error));
+    std::process::exit(api::control::EXIT_FAILED.into());
 }
 
 /// The machine as the API knows it.

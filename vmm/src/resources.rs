@@ -1,5 +1,6 @@
 //! What a VM is made of that has a path or a number on the host: opened before the monitor enters its jail, in which no
-//! path leads to any of it.
+//! path leads to any of it. What file systems show is taken over as the jail is entered ([`jailer::files`]), since it depends on
+//! who the monitor is in there.
 
 use std::fs::File;
 use std::io;

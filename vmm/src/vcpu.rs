@@ -3,10 +3,11 @@
 //! Exits are rare by design: queue notifications are eventfds, interrupts and timers are the kernel's. What comes here is
 //! a driver that sets its device up, and the end of the guest.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{io, thread};
 
-use devices::mmio::{MmioDevice, WINDOW};
+use devices::mmio::{INTERRUPT_ACK, INTERRUPT_STATUS, MmioDevice, WINDOW};
+use devices::queue::Interrupt;
 use devices::serial::{self, Serial};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use thiserror::Error;
@@ -47,27 +48,44 @@ pub enum GuestEnd {
 pub struct Bus {
     /// The devices, in the order of their windows.
     pub devices: Arc<[Arc<Mutex<MmioDevice>>]>,
+    /// Their interrupts, in the same order.
+    interrupts: Arc<[Interrupt]>,
     /// The serial port, if there is one.
     pub serial: Option<Arc<Mutex<Serial>>>,
 }
 
 impl Bus {
-    fn device(&self, address: u64) -> Option<(&Mutex<MmioDevice>, u64)> {
-        let offset = address.checked_sub(VIRTIO)?;
-        let device = self.devices.get(usize::try_from(offset / WINDOW).ok()?)?;
-        Some((device, offset % WINDOW))
+    /// A bus with these devices, in the order of their windows.
+    pub fn new(devices: Vec<Arc<Mutex<MmioDevice>>>, serial: Option<Arc<Mutex<Serial>>>) -> Self {
+        let interrupt = |device: &Arc<Mutex<MmioDevice>>| lock(device).interrupt().clone();
+        let interrupts = devices.iter().map(interrupt).collect();
+        Self { devices: devices.into(), interrupts, serial }
     }
 
+    fn device(&self, address: u64) -> Option<(&Mutex<MmioDevice>, &Interrupt, u64)> {
+        let offset = address.checked_sub(VIRTIO)?;
+        let index = usize::try_from(offset / WINDOW).ok()?;
+        Some((self.devices.get(index)?, self.interrupts.get(index)?, offset % WINDOW))
+    }
+
+    /// What is read and written at every interrupt is not the device's, which may be at work.
     fn mmio_read(&self, address: u64, data: &mut [u8]) {
-        match self.device(address) {
-            Some((device, offset)) => device.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data),
-            None => data.fill(0xff),
+        match (self.device(address), data) {
+            (Some((_, interrupt, INTERRUPT_STATUS)), [a, b, c, d]) => {
+                [*a, *b, *c, *d] = interrupt.status().to_le_bytes();
+            }
+            (Some((device, _, offset)), data) => lock(device).read(offset, data),
+            (None, data) => data.fill(0xff),
         }
     }
 
     fn mmio_write(&self, address: u64, data: &[u8]) {
-        if let Some((device, offset)) = self.device(address) {
-            device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
+        match (self.device(address), data) {
+            (Some((_, interrupt, INTERRUPT_ACK)), [a, b, c, d]) => {
+                interrupt.acknowledge(u32::from_le_bytes([*a, *b, *c, *d]));
+            }
+            (Some((device, _, offset)), data) => lock(device).write(offset, data),
+            (None, _) => {}
         }
     }
 
@@ -89,6 +107,10 @@ impl Bus {
             serial.lock().unwrap_or_else(PoisonError::into_inner).write(offset, *value);
         }
     }
+}
+
+fn lock(device: &Mutex<MmioDevice>) -> MutexGuard<'_, MmioDevice> {
+    device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Starts the thread of a vCPU, one of `threads`. `ended` is called once, when the guest ends by this vCPU.

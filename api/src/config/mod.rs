@@ -3,6 +3,7 @@
 //! [`LaunchConfig::parse`] is the only way in: what it returns is within every bound stated here.
 
 mod drive;
+mod filesystem;
 mod limits;
 mod network;
 mod pmem;
@@ -18,6 +19,9 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use self::drive::{DRIVES_MAX, DriveConfig, DriveFile};
+pub use self::filesystem::{
+    CachePolicy, FILESYSTEMS_MAX, FilesystemConfig, LOCK_OWNERS, LOCK_WAITERS, LockScope, OwnershipConfig, QuotaConfig,
+};
 pub use self::limits::{LimitsConfig, RateConfig};
 pub use self::network::{MacAddress, NETWORKS_MAX, NetworkConfig, QUEUE_PAIRS_MAX, TapConfig};
 pub use self::pmem::{PMEM_MAX, PmemConfig};
@@ -77,7 +81,7 @@ pub struct JailConfig {
     /// The most CPU time in microseconds in each 100 ms: by default that of the vCPUs and of one CPU more.
     #[serde(default)]
     pub cpu_us: Option<u64>,
-    /// The most threads: by default those of the vCPUs and 16 more.
+    /// The most threads: by default those of the vCPUs and 16 more, and 65 for each file system.
     #[serde(default)]
     pub threads: Option<u32>,
     /// Limits on disks: by default none.
@@ -110,7 +114,8 @@ pub struct IoConfig {
 impl JailConfig {
     /// The limits of the cgroup of a machine's monitor.
     pub fn bounds(&self, vm: &VmConfig) -> Bounds {
-        let usual = Bounds::new(vm.vcpus, vm.most_memory_mib());
+        let inodes = vm.filesystems.iter().map(FilesystemConfig::inodes).sum();
+        let usual = Bounds::new(vm.vcpus, vm.most_memory_mib()).serving(vm.file_threads(), inodes);
         let io = self.io.iter().map(|io| IoBound {
             device: format!("{}:{}", io.major, io.minor),
             read_bps: io.read_bps,
@@ -187,6 +192,9 @@ pub struct VmConfig {
     /// Files that are memory of the guest, in the order in which it names them: `/dev/pmem0`, `/dev/pmem1`, ….
     #[serde(default)]
     pub pmem: Vec<PmemConfig>,
+    /// Directories and files of the host that the guest can mount.
+    #[serde(default)]
+    pub filesystems: Vec<FilesystemConfig>,
     /// Whether the guest can give memory up, and reports memory that it does not use for now: both are the host's then.
     #[serde(default)]
     pub balloon: bool,
@@ -269,6 +277,18 @@ pub enum ConfigError {
         /// The name.
         name: String,
     },
+    /// Two file systems have one tag.
+    #[error("two file systems have the tag {tag:?}: the guest could not tell them apart")]
+    Tag {
+        /// The tag.
+        tag: String,
+    },
+    /// A file is to be seen under a name that no file can have.
+    #[error("a file cannot be seen as {name:?}: give a name of 1 to 255 bytes without '/'")]
+    FileName {
+        /// The name.
+        name: String,
+    },
     /// Memory cannot grow to that.
     #[error("memory_max_mib is {most}: give memory_mib ({now}) plus a multiple of {PLUGGABLE_MIB}, such as {next}")]
     MemoryMax {
@@ -336,6 +356,7 @@ impl VmConfig {
             limits.unwrap_or_default().check(device)?;
         }
         within("the number of pmem devices", self.pmem.len() as u64, 0, PMEM_MAX as u64)?;
+        filesystem::check(&self.filesystems)?;
         within("the number of devices", self.devices() as u64, 0, DEVICES_MAX as u64)?;
         within("the number of vsock ports", self.vsock.len() as u64, 0, PORTS_MAX as u64)?;
         for PortConfig { port, .. } in &self.vsock {
@@ -372,10 +393,15 @@ impl VmConfig {
         files.filter_map(file).chain(taps).chain(sockets.filter_map(socket)).collect()
     }
 
+    /// How many threads serve files, or wait for locks of files.
+    pub fn file_threads(&self) -> u32 {
+        u32::try_from(self.filesystems.len()).unwrap_or(u32::MAX).saturating_mul(FilesystemConfig::threads())
+    }
+
     /// How many devices it has: socket, entropy and console besides those that it names.
     fn devices(&self) -> usize {
         let memory = usize::from(self.balloon) + usize::from(self.memory_max_mib.is_some());
-        3 + self.drives.len() + self.networks.len() + self.pmem.len() + memory
+        3 + self.drives.len() + self.networks.len() + self.pmem.len() + self.filesystems.len() + memory
     }
 }
 
@@ -453,6 +479,22 @@ mod tests {
         assert_eq!(networks(NETWORKS_MAX, "tap0").unwrap().vm.networks.len(), NETWORKS_MAX);
         assert!(matches!(networks(NETWORKS_MAX + 1, "tap0"), Err(ConfigError::OutOfRange { .. })));
         assert!(matches!(networks(1, "a tap"), Err(ConfigError::InterfaceName { .. })));
+    }
+
+    #[test]
+    fn file_systems_count_as_devices_and_the_jail_has_room_for_them() {
+        let config = |count: usize| {
+            let list: Vec<_> = (0..count).map(|tag| format!(r#"{{"tag":"{tag}","path":"/"}}"#)).collect();
+            parse(&format!(r#"{{"kernel":"/k","memory_mib":128,"filesystems":[{}]}}"#, list.join(",")))
+        };
+        assert!(matches!(config(FILESYSTEMS_MAX + 1), Err(ConfigError::OutOfRange { .. })));
+        let bounds = |count| {
+            let config = config(count).unwrap();
+            let Bounds { threads, memory, .. } = config.jail.bounds(&config.vm);
+            (threads.unwrap(), memory.unwrap())
+        };
+        let ((threads, memory), (most_threads, most_memory)) = (bounds(0), bounds(FILESYSTEMS_MAX));
+        assert_eq!((most_threads - threads, most_memory - memory), (16 * 65, 16 << (17 + 11)));
     }
 
     #[test]

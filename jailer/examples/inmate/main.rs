@@ -5,16 +5,20 @@
 //! born gets the same words. It ends with 0 when an attempt was fruitful, and with [`REFUSED`] when it was not.
 
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io;
 use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::process::ExitCode;
 
 use jailer::cgroup::{Bounds, Group, Plan};
-use jailer::{Birth, Jail, Limits, Place, Thread};
+use jailer::{Birth, Jail, Limits, Place, Thread, Tree};
 use rustix::process::{WaitId, WaitIdOptions, waitid};
 
 mod attempts;
+mod served;
+
+use self::served::How;
 
 /// The exit code of who tried and failed.
 const REFUSED: u8 = 10;
@@ -71,22 +75,40 @@ fn start(words: &[String]) -> Result<ExitCode> {
 
 /// Enters the jail by the monitor's own way and tries one thing.
 fn inmate(folder: &str, filter: &str, attempt: &str, more: &[&str]) -> Result<ExitCode> {
+    let served = if filter.starts_with("serving") { Some(How::of(more)?) } else { None };
+    let trees = served.as_ref().map(|how| Tree { path: Path::new(how.path), read_only: how.read_only });
+    // Whoever is served has a file of the host's as well, as a disk is one.
+    let held = served.as_ref().map(|_| File::open(Path::new(folder).with_file_name("held"))).transpose()?;
     let jail = Jail {
         folder: Some(Path::new(folder)),
         user: jailer::identity::user(folder),
         limits: Limits::new(VCPUS, MEMORY_MIB, 0),
         tied: filter == "tied",
+        trees: trees.as_slice(),
     };
-    let folder = jail.enter()?.ok_or("there is no folder")?;
+    let mut entered = jail.enter()?;
+    if let (Some(how), Some(held)) = (served, held) {
+        let result = match attempt {
+            "serve" => served::serve(entered, &how),
+            _ => served::break_out(entered, &how, &held),
+        };
+        return end("fs", result.map_err(|error| io::Error::other(error.to_string())));
+    }
+    let folder = entered.folder.take().ok_or("there is no folder")?;
     match filter {
         "none" | "tied" => {}
         "event_loop" => jailer::thread(Thread::EventLoop)?,
         "vcpu" => jailer::thread(Thread::Vcpu)?,
         "api" => jailer::thread(Thread::Api)?,
-        _ => return Err("the filter is none, tied, event_loop, vcpu or api".into()),
+        "fs" => jailer::thread(Thread::Fs)?,
+        _ => return Err("the filter is none, tied, event_loop, vcpu, api, fs or serving".into()),
     }
-    // What is told is told in one call that every filter allows.
-    let (code, told) = match attempts::attempt(&folder, attempt, more) {
+    end(filter, attempts::attempt(&folder, attempt, more))
+}
+
+/// Tells what came of it, in one call that every filter allows.
+fn end(filter: &str, result: io::Result<String>) -> Result<ExitCode> {
+    let (code, told) = match result {
         Ok(told) => (0, told),
         Err(error) => (REFUSED.into(), error.to_string()),
     };

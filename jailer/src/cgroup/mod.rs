@@ -40,6 +40,8 @@ pub const CPU_PERIOD_US: u64 = 100_000;
 const MEMORY_OVERHEAD: u64 = 128 << 20;
 /// The kernel's tables for guest memory, as a part of that.
 const MEMORY_TABLES: u64 = 64;
+/// What the kernel takes for an inode that is held: itself, its name and the descriptor.
+const MEMORY_INODE: u64 = 2 << 10;
 /// Threads beside those of the vCPUs: the event loop, the API, the one that makes memory present, and KVM's own.
 const OTHER_THREADS: u32 = 16;
 
@@ -81,6 +83,16 @@ impl Bounds {
             cpu_us: Some((u64::from(vcpus) + 1) * CPU_PERIOD_US),
             threads: Some(u32::from(vcpus) + OTHER_THREADS),
             io: Vec::new(),
+        }
+    }
+
+    /// With what it takes to serve files: so many more threads, and the kernel's memory for so many inodes that are held.
+    #[must_use]
+    pub fn serving(self, threads: u32, inodes: u64) -> Self {
+        Self {
+            memory: self.memory.map(|memory| memory.saturating_add(inodes.saturating_mul(MEMORY_INODE))),
+            threads: self.threads.map(|most| most.saturating_add(threads)),
+            ..self
         }
     }
 }

@@ -5,6 +5,7 @@
 
 mod force;
 mod limits;
+mod served;
 
 use std::ffi::OsStr;
 use std::fs;
@@ -34,7 +35,7 @@ enum Caller {
 }
 
 const CALLERS: [Caller; 2] = [Caller::Root, Caller::Somebody];
-const FILTERS: [&str; 3] = ["event_loop", "vcpu", "api"];
+const FILTERS: [&str; 4] = ["event_loop", "vcpu", "api", "fs"];
 
 /// A place on the host with the folder of one monitor and that of another.
 struct Host {
@@ -164,8 +165,8 @@ fn what_a_monitor_has_to_do_it_can_do() {
 fn no_file_of_the_host_can_be_read() {
     for caller in CALLERS {
         let host = Host::new(caller);
-        host.refuses(&["read", "/etc/passwd"], &["api"]);
-        host.refuses(&["read", "/proc/self/status"], &["api"]);
+        host.refuses(&["read", "/etc/passwd"], &["api", "fs"]);
+        host.refuses(&["read", "/proc/self/status"], &["api", "fs"]);
     }
 }
 
@@ -174,7 +175,7 @@ fn nothing_of_another_vm_can_be_read() {
     for caller in CALLERS {
         let host = Host::new(caller);
         let other = host.path("other/exit.json");
-        host.refuses(&["read", other.to_str().unwrap()], &["api"]);
+        host.refuses(&["read", other.to_str().unwrap()], &["api", "fs"]);
     }
 }
 

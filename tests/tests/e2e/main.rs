@@ -11,6 +11,7 @@ mod copy;
 mod exec;
 mod exit_codes;
 mod faults;
+mod filesystem;
 mod hostile;
 mod hostile_guest;
 mod images;

@@ -1,6 +1,7 @@
 //! From the configuration to devices that are connected with the VM: one file for each kind that has a backend on the host.
 
 mod drive;
+pub(crate) mod filesystem;
 mod limits;
 pub(crate) mod memory;
 mod network;
@@ -21,6 +22,7 @@ use devices::pmem::Pmem;
 use devices::rng::Rng;
 use devices::vsock::Vsock;
 use devices::vsock::ports::HostPorts;
+use fuse::Export;
 use kvm_ioctls::{IoEventAddress, VmFd};
 
 use self::memory::{Arranged, Persistent};
@@ -33,6 +35,8 @@ pub(crate) struct Opened {
     pub drives: Vec<File>,
     /// The queues of the taps behind the network devices.
     pub taps: Vec<Vec<Tap>>,
+    /// What the file system devices show.
+    pub exports: Vec<Export>,
     /// The host's ports that the guest can connect to.
     pub ports: HostPorts,
     /// Where the host can ask for connections to the guest.
@@ -51,7 +55,7 @@ pub(crate) fn devices(
     console: &ConsoleOutput,
 ) -> Result<Vec<Arc<Mutex<MmioDevice>>>, MachineError> {
     let failed = |device| move |source| MachineError::Device { device, source };
-    let Opened { drives, taps, ports, socket } = opened;
+    let Opened { drives, taps, exports, ports, socket } = opened;
     let limiter = limits::limiter(config.vsock_limits).map_err(failed("vsock"))?;
     let vsock = Vsock::new(ports, socket, limiter).map_err(failed("vsock"))?;
     // Vsock first: the agent waits for it, and the kernel probes in this order.
@@ -68,6 +72,10 @@ pub(crate) fn devices(
     devices.push(("entropy", Box::new(Rng::new(limiter))));
     let limiter = limits::limiter(config.console_limits).map_err(failed("console"))?;
     devices.push(("console", Box::new(Console::new(console.clone(), limiter))));
+    for (filesystem, export) in config.filesystems.iter().zip(exports) {
+        let fs = filesystem::attach(filesystem, export).map_err(failed("file system"))?;
+        devices.push(("file system", Box::new(fs)));
+    }
     // Last: nobody waits for those.
     if let Some(balloon) = &memory.controls.balloon {
         devices.push(("balloon", Box::new(Balloon::new(balloon.clone()))));

@@ -1,0 +1,298 @@
+//! Locks that hold for everybody who uses the files.
+//!
+//! flock(2) is taken on the guest's own open file. POSIX locks belong to a process and an inode: each such pair has an open file
+//! description here, and its locks are that description's (`F_OFD_SETLK`). So the host's kernel arbitrates, and a file that is
+//! closed is unlocked. Who has to wait does so in a thread, which only tells that it is over: [`Locks::event`].
+//!
+//! A wait cannot be called off. Its thread, which holds the open file, ends when it has the lock; after a reset it lets go of
+//! it at once.
+
+use std::collections::HashMap;
+use std::fmt::Debug;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use fuse_abi::linux::fuse_file_lock;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+
+use crate::handle::OpenFile;
+use crate::node::Node;
+
+/// The stack of a thread that waits: it makes one call.
+const STACK: usize = 64 << 10;
+
+/// A number that names a wait.
+pub type Ticket = u64;
+
+/// An open file whose locks are those of one process of the guest.
+#[derive(Debug)]
+pub struct Owner {
+    /// The descriptor.
+    pub fd: OwnedFd,
+    /// What was opened.
+    pub node: Arc<Node>,
+}
+
+/// A lock to be taken.
+#[derive(Debug, Clone)]
+pub enum Wanted {
+    /// A POSIX lock.
+    Range(Arc<Owner>, libc::flock),
+    /// A lock of flock(2).
+    Whole(Arc<OpenFile>, Kind),
+}
+
+/// What kind of lock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Several may have it.
+    Shared,
+    /// One may have it.
+    Exclusive,
+    /// None.
+    Unlock,
+}
+
+impl Wanted {
+    /// Takes the lock if it is free.
+    ///
+    /// # Errors
+    /// `EAGAIN` when it is not; what the system says.
+    pub fn try_take(&self) -> Result<(), Errno> {
+        match self {
+            Self::Range(owner, range) => control(owner.fd.as_fd(), FcntlArg::F_OFD_SETLK(range)),
+            Self::Whole(file, kind) => rustix::fs::flock(
+                &**file,
+                match kind {
+                    Kind::Shared => FlockOperation::NonBlockingLockShared,
+                    Kind::Exclusive => FlockOperation::NonBlockingLockExclusive,
+                    Kind::Unlock => FlockOperation::NonBlockingUnlock,
+                },
+            ),
+        }
+    }
+
+    fn wait(&self) -> Result<(), Errno> {
+        loop {
+            let outcome = match self {
+                Self::Range(owner, range) => control(owner.fd.as_fd(), FcntlArg::F_OFD_SETLKW(range)),
+                Self::Whole(file, kind) => rustix::fs::flock(
+                    &**file,
+                    match kind {
+                        Kind::Shared => FlockOperation::LockShared,
+                        Kind::Exclusive => FlockOperation::LockExclusive,
+                        Kind::Unlock => FlockOperation::Unlock,
+                    },
+                ),
+            };
+            if outcome != Err(Errno::INTR) {
+                return outcome;
+            }
+        }
+    }
+}
+
+fn control(fd: BorrowedFd<'_>, argument: FcntlArg<'_>) -> Result<(), Errno> {
+    fcntl(fd, argument).map(drop).map_err(|error| Errno::from_raw_os_error(error as i32))
+}
+
+/// The kind of lock that the guest means.
+///
+/// # Errors
+/// `EINVAL` when it means none.
+pub fn kind(lock: &fuse_file_lock) -> Result<Kind, Errno> {
+    match libc::c_int::try_from(lock.type_) {
+        Ok(libc::F_RDLCK) => Ok(Kind::Shared),
+        Ok(libc::F_WRLCK) => Ok(Kind::Exclusive),
+        Ok(libc::F_UNLCK) => Ok(Kind::Unlock),
+        _ => Err(Errno::INVAL),
+    }
+}
+
+/// The range that the guest means; both of its ends belong to it.
+///
+/// # Errors
+/// `EINVAL` when it is none.
+pub fn range(lock: &fuse_file_lock) -> Result<libc::flock, Errno> {
+    let invalid = |_| Errno::INVAL;
+    let (start, end) = (i64::try_from(lock.start).map_err(invalid)?, i64::try_from(lock.end).map_err(invalid)?);
+    let length = match end.checked_sub(start) {
+        _ if end == i64::MAX => 0,
+        Some(distance @ 0..) => distance + 1,
+        _ => return Err(Errno::INVAL),
+    };
+    let l_type = match kind(lock)? {
+        Kind::Shared => libc::F_RDLCK,
+        Kind::Exclusive => libc::F_WRLCK,
+        Kind::Unlock => libc::F_UNLCK,
+    };
+    let l_type = i16::try_from(l_type).map_err(|_| Errno::INVAL)?;
+    let l_whence = i16::try_from(libc::SEEK_SET).map_err(|_| Errno::INVAL)?;
+    Ok(libc::flock { l_type, l_whence, l_start: start, l_len: length, l_pid: 0 })
+}
+
+/// Who is in the way of a lock, in the guest's words.
+///
+/// # Errors
+/// What the system says.
+pub fn conflict(owner: &Owner, mut wanted: libc::flock) -> Result<fuse_file_lock, Errno> {
+    control(owner.fd.as_fd(), FcntlArg::F_OFD_GETLK(&mut wanted))?;
+    let start = u64::try_from(wanted.l_start).unwrap_or(0);
+    let end = match u64::try_from(wanted.l_len) {
+        Ok(length @ 1..) => start.saturating_add(length - 1),
+        _ => i64::MAX.cast_unsigned(),
+    };
+    // Whoever it is has no number in the guest.
+    Ok(fuse_file_lock { start, end, type_: wanted.l_type.cast_unsigned().into(), pid: 0 })
+}
+
+/// What the threads that wait tell.
+#[derive(Debug)]
+struct Over {
+    tickets: Mutex<Vec<(Ticket, Result<(), Errno>)>>,
+    event: OwnedFd,
+    threads: AtomicUsize,
+}
+
+/// The locks of a guest.
+#[derive(Debug)]
+pub struct Locks {
+    /// By inode, then by process.
+    owners: HashMap<u64, HashMap<u64, Arc<Owner>>>,
+    count: usize,
+    max_owners: usize,
+    over: Arc<Over>,
+    next: Ticket,
+    max_threads: usize,
+}
+
+impl Locks {
+    /// No locks, and room for so many owners and so many that wait.
+    ///
+    /// # Errors
+    /// When the system has no descriptor left.
+    pub fn new(max_owners: usize, max_threads: usize) -> Result<Self, Errno> {
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let over = Over { tickets: Mutex::default(), event, threads: AtomicUsize::new(0) };
+        Ok(Self { owners: HashMap::new(), count: 0, max_owners, over: Arc::new(over), next: 0, max_threads })
+    }
+
+    /// The descriptor that is readable when waits are over.
+    pub fn event(&self) -> BorrowedFd<'_> {
+        self.over.event.as_fd()
+    }
+
+    /// The open file of a process on an inode, if it has one.
+    pub fn owner(&self, inode: u64, process: u64) -> Option<Arc<Owner>> {
+        self.owners.get(&inode)?.get(&process).cloned()
+    }
+
+    /// The open file of a process on an inode, made by `open` if it has none.
+    ///
+    /// # Errors
+    /// `ENOLCK` when there are as many as there may be; what `open` says.
+    pub fn owner_or(
+        &mut self,
+        inode: u64,
+        process: u64,
+        open: impl FnOnce() -> Result<Owner, Errno>,
+    ) -> Result<Arc<Owner>, Errno> {
+        if let Some(owner) = self.owner(inode, process) {
+            return Ok(owner);
+        }
+        if self.count >= self.max_owners {
+            return Err(Errno::NOLCK);
+        }
+        let owner = Arc::new(open()?);
+        self.owners.entry(inode).or_default().insert(process, Arc::clone(&owner));
+        self.count += 1;
+        Ok(owner)
+    }
+
+    /// Releases all that a process has locked of an inode.
+    pub fn release(&mut self, inode: u64, process: u64) {
+        let Some(processes) = self.owners.get_mut(&inode) else { return };
+        let Some(owner) = processes.get(&process) else { return };
+        if Arc::strong_count(owner) > 1 {
+            // It waits for more, which it will have by the same open file.
+            if let Ok(everything) = range(&fuse_file_lock { end: i64::MAX.cast_unsigned(), ..UNLOCK }) {
+                let _ = control(owner.fd.as_fd(), FcntlArg::F_OFD_SETLK(&everything));
+            }
+            return;
+        }
+        processes.remove(&process);
+        self.count -= 1;
+        if processes.is_empty() {
+            self.owners.remove(&inode);
+        }
+    }
+
+    /// Releases all locks of an inode that the guest does not know of any more.
+    pub fn forget(&mut self, inode: u64) {
+        if let Some(processes) = self.owners.remove(&inode) {
+            self.count -= processes.len();
+        }
+    }
+
+    /// Gives what holds the locks, to be released.
+    pub(crate) fn take(&mut self) -> impl Send + Debug + use<> {
+        self.count = 0;
+        // Not another map, which would ask the system for randomness.
+        self.owners.drain().collect::<Vec<_>>()
+    }
+
+    /// Makes [`Locks::event`] readable.
+    pub(crate) fn wake(&self) {
+        // Fails when the counter is at its maximum, and then it is readable already.
+        let _ = rustix::io::write(&self.over.event, &1u64.to_ne_bytes());
+    }
+
+    /// Waits for a lock in a thread. When that is over, [`Locks::over`] tells.
+    ///
+    /// # Errors
+    /// `ENOLCK` when as many wait as may, or the system has no thread left.
+    pub fn wait(&mut self, wanted: Wanted) -> Result<Ticket, Errno> {
+        if self.over.threads.load(Ordering::Acquire) >= self.max_threads {
+            return Err(Errno::NOLCK);
+        }
+        self.over.threads.fetch_add(1, Ordering::AcqRel);
+        let ticket = self.next;
+        self.next += 1;
+        let over = Arc::clone(&self.over);
+        let wait = move || {
+            let outcome = wanted.wait();
+            // Before it is told: what is told may lead to the file being closed.
+            drop(wanted);
+            over.threads.fetch_sub(1, Ordering::AcqRel);
+            over.tickets.lock().unwrap_or_else(PoisonError::into_inner).push((ticket, outcome));
+            // Fails when the counter is at its maximum, and then it is readable already.
+            let _ = rustix::io::write(&over.event, &1u64.to_ne_bytes());
+        };
+        match thread::Builder::new().name("lock".into()).stack_size(STACK).spawn(wait) {
+            Ok(_) => Ok(ticket),
+            Err(_) => {
+                self.over.threads.fetch_sub(1, Ordering::AcqRel);
+                Err(Errno::NOLCK)
+            }
+        }
+    }
+
+    /// The waits that are over since the last call.
+    pub fn over(&self) -> Vec<(Ticket, Result<(), Errno>)> {
+        let _ = rustix::io::read(&self.over.event, &mut [0u8; 8]);
+        std::mem::take(&mut *self.over.tickets.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// How many wait.
+    pub fn waiting(&self) -> usize {
+        self.over.threads.load(Ordering::Relaxed)
+    }
+}
+
+const UNLOCK: fuse_file_lock = fuse_file_lock { start: 0, end: 0, type_: libc::F_UNLCK as u32, pid: 0 };

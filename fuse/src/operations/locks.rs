@@ -1,0 +1,74 @@
+//! Locks: POSIX ones by process and inode, those of flock(2) by open file.
+
+use std::sync::Arc;
+
+use fuse_abi::linux as abi;
+use rustix::fs::{FileType, OFlags};
+use rustix::io::Errno;
+
+use super::{Call, Done, Outcome};
+use crate::lock::{Kind, Owner, Wanted, conflict, kind, range};
+use crate::server::Server;
+use crate::wire::put;
+
+impl Server {
+    /// Opens an inode for the locks of one process.
+    fn lock_owner(&mut self, number: u64, process: u64) -> Result<Arc<Owner>, Errno> {
+        let node = self.node(number)?;
+        if node.file_type() != FileType::RegularFile {
+            return Err(Errno::BADF);
+        }
+        let Self { export, locks, .. } = self;
+        locks.owner_or(number, process, || {
+            // Writable where that is possible: a lock for writing needs it. A program that is being executed, or somebody
+            // else's file, may still be locked for reading.
+            let writable = if export.options.read_only { Err(Errno::ROFS) } else { export.open(&node, OFlags::RDWR) };
+            let fd = writable.or_else(|_| export.open(&node, OFlags::RDONLY))?;
+            Ok(Owner { fd, node: Arc::clone(&node) })
+        })
+    }
+
+    fn check_locks(&self) -> Result<(), Errno> {
+        if self.export.options.shared_locks { Ok(()) } else { Err(Errno::NOSYS) }
+    }
+
+    pub(super) fn getlk(&mut self, mut call: Call<'_>) -> Outcome {
+        let request: abi::fuse_lk_in = call.arguments.take()?;
+        self.check_locks()?;
+        let wanted = range(&request.lk)?;
+        if kind(&request.lk)? == Kind::Unlock {
+            return Err(Errno::INVAL);
+        }
+        let known = self.locks.owner(call.header.nodeid, request.owner).is_some();
+        let owner = self.lock_owner(call.header.nodeid, request.owner)?;
+        let found = conflict(&owner, wanted);
+        drop(owner);
+        if !known {
+            // Who only asks holds nothing.
+            self.locks.release(call.header.nodeid, request.owner);
+        }
+        put(call.reply, &abi::fuse_lk_out { lk: found? });
+        Ok(Done::Reply)
+    }
+
+    pub(super) fn setlk(&mut self, mut call: Call<'_>, wait: bool) -> Outcome {
+        let request: abi::fuse_lk_in = call.arguments.take()?;
+        self.check_locks()?;
+        let wanted = if request.lk_flags & abi::FUSE_LK_FLOCK != 0 {
+            Wanted::Whole(self.handles.file(request.fh)?, kind(&request.lk)?)
+        } else {
+            let range = range(&request.lk)?;
+            match kind(&request.lk)? {
+                Kind::Unlock => match self.locks.owner(call.header.nodeid, request.owner) {
+                    Some(owner) => Wanted::Range(owner, range),
+                    None => return Ok(Done::Reply),
+                },
+                _ => Wanted::Range(self.lock_owner(call.header.nodeid, request.owner)?, range),
+            }
+        };
+        match wanted.try_take() {
+            Err(Errno::AGAIN | Errno::ACCESS) if wait => self.locks.wait(wanted).map(Done::Waiting),
+            outcome => outcome.map(|()| Done::Reply),
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! The server as a guest sees it: by messages.
+
+mod bounds;
+mod client;
+mod confined;
+mod containment;
+mod files;
+mod hostile;
+mod locks;
+mod quota;
+mod read_only;
+mod single_file;
