@@ -55,7 +55,7 @@ pub struct LabArgs {
     #[arg(long, value_name = "MIB", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(512..=1_048_576))]
     pub mem: u32,
     /// The machine's CPUs
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64), conflicts_with = "icount")]
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=62), conflicts_with = "icount")]
     pub cpus: u8,
     /// Seconds after which the command is ended with exit code 124
     #[arg(long, value_name = "S", default_value_t = 600, value_parser = clap::value_parser!(u32).range(1..=86_400))]
@@ -164,6 +164,16 @@ fn supervise(
     }
 }
 
+/// How many CPUs the machine has for a command that gets so many: one more, which is kept free of guests.
+///
+/// Whenever a CPU loads the state of its FPU, QEMU clears a bit in the first CPU's word of flags (`cpu_clear_ignne`, up to
+/// 10.0 at least), by reading the word and writing it back, while that CPU may be doing the same in a thread of its own. What
+/// is lost is what changes with VMRUN and #VMEXIT: whether interrupts are taken, and whether there are nested pages. A guest
+/// goes astray by that, or the machine's kernel is interrupted where it must not be. Where no guest runs, nothing changes.
+fn smp(cpus: u8) -> u32 {
+    u32::from(cpus) + 1
+}
+
 /// Sockets for the four ports, at which QEMU will connect.
 fn listen(folder: &Path) -> Result<[UnixListener; 4]> {
     let one = |port: &str| {
@@ -182,7 +192,7 @@ fn start(args: &LabArgs, machine: &Machine, initramfs: &Path, sockets: &Path, ou
     if args.icount {
         command.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"]);
     } else {
-        command.args(["-accel", "tcg,thread=multi", "-smp", &args.cpus.to_string()]);
+        command.args(["-accel", "tcg,thread=multi", "-smp", &smp(args.cpus).to_string()]);
     }
     command.args(["-m", &args.mem.to_string()]);
     command.arg("-kernel").arg(&machine.kernel).arg("-initrd").arg(initramfs);

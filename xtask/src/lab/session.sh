@@ -38,8 +38,12 @@ if [ "$(lab nproc)" -gt 1 ]; then
   ./relay lab-hold >held 2>/dev/null &
   read -r _ <held
 fi
+# Guests may run on all CPUs but the first (see `smp` in lab/mod.rs).
+cpus=$(lab nproc)
+mask=1
+[ "$cpus" = 1 ] || mask=$(printf %x $(((1 << cpus) - 2)))
 echo up >&9
-lab setsid /run/lab/busybox sh /run/lab/command.sh <in >out 2>err 9>&-
+lab taskset "$mask" /run/lab/busybox setsid /run/lab/busybox sh /run/lab/command.sh <in >out 2>err 9>&-
 code=$?
 # What the command left behind ends with it, so that its streams end too. The kernel's threads and this
 # script with its relays are in session 0, the command and all that came of it in others.
