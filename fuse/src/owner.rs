@@ -2,7 +2,7 @@
 
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use rustix::io::Errno;
-use rustix::thread::CapabilitySet;
+use rustix::thread::{CapabilitySet, CapabilitySets};
 
 /// What it takes to create for any user, and to do what only an owner may.
 pub(crate) const NEEDED: CapabilitySet = CapabilitySet::CHOWN
@@ -57,10 +57,10 @@ impl Ownership {
         if self != Self::Mapped || own == wanted {
             return Ok(Acting(None));
         }
-        let acting = Acting(Some(own));
+        let mut sets = rustix::thread::capabilities(None)?;
+        let acting = Acting(Some((own, sets)));
         become_owner((uid, gid))?;
         // The guest has decided by all of the user's groups, which it does not tell.
-        let mut sets = rustix::thread::capabilities(None)?;
         sets.effective |= sets.permitted & (CapabilitySet::DAC_OVERRIDE | CapabilitySet::DAC_READ_SEARCH);
         rustix::thread::set_capabilities(None, sets)?;
         Ok(acting)
@@ -70,13 +70,42 @@ impl Ownership {
 /// The thread acts for another user.
 #[derive(Debug)]
 #[must_use = "it ends when this is dropped"]
-pub struct Acting(Option<(Uid, Gid)>);
+pub struct Acting(Option<((Uid, Gid), CapabilitySets)>);
 
 impl Drop for Acting {
     fn drop(&mut self) {
-        if let Some((uid, gid)) = self.0 {
+        if let Some(((uid, gid), sets)) = self.0 {
             setfsuid(uid);
             setfsgid(gid);
+            // Whoever stops being root loses what root has of files from the effective ones (capabilities(7)). Each of them is
+            // permitted, so that this succeeds.
+            let _ = rustix::thread::set_capabilities(None, sets);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::thread::{capabilities, set_capabilities, set_keep_capabilities, set_thread_res_uid};
+
+    use super::*;
+
+    #[test]
+    fn who_has_acted_as_root_has_the_capabilities_of_before() {
+        if !Uid::effective().is_root() {
+            assert_eq!(Ownership::Mapped.act_as(0, 0).err(), Some(Errno::PERM));
+            return;
+        }
+        // As a monitor's thread: not root, but with what it takes. Of this thread alone.
+        let thread = std::thread::spawn(|| {
+            set_keep_capabilities(true).unwrap();
+            let user = rustix::process::Uid::from_raw(1234);
+            set_thread_res_uid(user, user, user).unwrap();
+            let sets = CapabilitySets { effective: NEEDED, permitted: NEEDED, inheritable: CapabilitySet::empty() };
+            set_capabilities(None, sets).unwrap();
+            drop(Ownership::Mapped.act_as(0, 0).unwrap());
+            assert_eq!(capabilities(None).unwrap().effective, NEEDED);
+        });
+        thread.join().unwrap();
     }
 }

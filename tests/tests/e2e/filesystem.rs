@@ -41,9 +41,13 @@ impl Host {
 
     /// A container that mounts `data` at /mnt and runs a script.
     fn run(&self, monitor: &Path, script: &str) -> Invocation {
+        self.run_in("busybox", monitor, script)
+    }
+
+    fn run_in(&self, image: &str, monitor: &Path, script: &str) -> Invocation {
         let script = format!("mkdir -p /mnt && mount -t virtiofs data /mnt && {script}");
         let flags = ["-i", "--cap-add", "SYS_ADMIN", "--security-opt", "seccomp=unconfined"];
-        self.sandbox.run(&flags, "busybox", &["sh", "-c", &script]).env("COFFERDAM_VMM", monitor)
+        self.sandbox.run(&flags, image, &["sh", "-c", &script]).env("COFFERDAM_VMM", monitor)
     }
 
     fn data(&self, options: &str) -> String {
@@ -113,21 +117,43 @@ fn a_quota_is_the_size_of_what_the_guest_sees() {
     assert_eq!(ended.succeeded(), "No space left on device\n2097152\n");
 }
 
+/// Takes a lock of the whole file, as flock(2) does, and one of a range, as fcntl(2) does, each of a file of its own.
+const LOCKS: &str = r#"
+import fcntl
+files = [(open("/mnt/whole", "w"), fcntl.flock), (open("/mnt/range", "w"), fcntl.lockf)]
+
+def hold():
+    for file, lock in files:
+        lock(file, fcntl.LOCK_EX)
+    print("held", flush=True)
+    input()
+    open("/mnt/order", "a").write("first\n")
+
+def wait():
+    for file, lock in files:
+        try:
+            lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("taken", flush=True)
+    for file, lock in files:
+        lock(file, fcntl.LOCK_EX)
+    open("/mnt/order", "a").write("second\n")
+    print(open("/mnt/order").read(), end="")
+
+"#;
+
 #[test]
 fn locks_hold_between_two_vms() {
     let host = Host::new();
     let monitor = host.monitor(&host.data(""));
-    let hold = "flock /mnt/lock sh -c 'echo held; read line; echo first >> /mnt/order'; echo released";
-    let mut holder = host.run(&monitor, hold).open_input().start();
+    let mut holder = host.run_in("debian", &monitor, &format!("python3 -c '{LOCKS}hold()'")).open_input().start();
     // The name of a container is not needed, its input is.
     holder.wait_for("held\n");
-    let wait =
-        "flock -n /mnt/lock true || echo taken; flock /mnt/lock sh -c 'echo second >> /mnt/order'; cat /mnt/order";
-    let waiter = host.run(&monitor, wait).start();
-    waiter.wait_for("taken\n");
+    let waiter = host.run_in("debian", &monitor, &format!("python3 -c '{LOCKS}wait()'")).start();
+    waiter.wait_for("taken\ntaken\n");
     holder.write("\n");
-    assert_eq!(waiter.end().succeeded(), "taken\nfirst\nsecond\n");
-    assert_eq!(holder.end().succeeded(), "held\nreleased\n");
+    assert_eq!(waiter.end().succeeded(), "taken\ntaken\nfirst\nsecond\n");
+    assert_eq!(holder.end().succeeded(), "held\n");
 }
 
 /// CVE-2026-47243: what leads out of a shared directory was followed by the server. (A guest's kernel sends no names with a `/`
