@@ -167,7 +167,7 @@ impl MmioDevice {
             self.call(|device, resources| device.quiesce(resources));
         }
         let Self { device_features_high, driver_features_high, .. } = *self;
-        Ok(state::seal(&DeviceState {
+        let state = state::seal(&DeviceState {
             device_type: self.device.device_type(),
             status: self.status,
             driver_features: self.driver_features,
@@ -177,7 +177,9 @@ impl MmioDevice {
             interrupt: self.interrupt.status(),
             queues: self.queues.iter().map(VirtQueue::save).collect(),
             own: self.device.save()?,
-        }))
+        });
+        // What could not be restored is not saved.
+        if state.len() > state::STATE_MAX { Err(StateError::TooLong { length: state.len() }) } else { Ok(state) }
     }
 
     /// Takes over what [`MmioDevice::save`] gave, in a device that was made like that one, with the same memory, and whose

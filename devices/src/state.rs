@@ -15,8 +15,8 @@ use crate::device::Broken;
 
 /// The version of every type that is saved.
 const VERSION: u16 = 1;
-/// The longest saved state in bytes: that of a memory device of 1 TiB has a bit for each 2 MiB.
-const STATE_MAX: usize = 128 << 10;
+/// The longest saved state in bytes: that of a file system has the paths that its guest knows.
+pub(crate) const STATE_MAX: usize = 16 << 20;
 
 /// Why a device was not saved or restored.
 #[derive(Debug, Error)]
@@ -60,6 +60,9 @@ pub enum StateError {
         /// How many queues it has.
         own_queues: usize,
     },
+    /// What the driver has of the host's files is not kept, or not found.
+    #[error("the session of the file system cannot go on elsewhere")]
+    Session(#[source] fuse::SessionError),
     /// No driver could have brought the device there.
     #[error("the state cannot be: {what} is {value:#x}")]
     Impossible {
@@ -108,6 +111,16 @@ pub(crate) struct QueueState {
 pub(crate) struct LimiterState {
     pub(crate) bytes: Option<i64>,
     pub(crate) operations: Option<i64>,
+}
+
+impl From<fuse::SessionError> for StateError {
+    fn from(error: fuse::SessionError) -> Self {
+        match error {
+            fuse::SessionError::Waiting(operations) => Self::Busy { operations },
+            fuse::SessionError::Impossible { what, value } => Self::Impossible { what, value },
+            error => Self::Session(error),
+        }
+    }
 }
 
 /// Encodes a saved device.

@@ -254,6 +254,14 @@ impl Export {
         Ok((Node::new(fd, &stat, self.account.clone()), stat))
     }
 
+    /// What the system has as the path of something that is open.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub(crate) fn path(&self, file: impl AsFd) -> Result<Vec<u8>, Errno> {
+        rustix::fs::readlinkat(&self.descriptors, DecInt::from_fd(file), Vec::new()).map(CString::into_bytes)
+    }
+
     fn reopen(&self, file: impl AsFd, flags: OFlags) -> Result<OwnedFd, Errno> {
         // The link of procfs leads to the very inode, whatever has become of its names. It is held by a descriptor of ours,
         // which stays open meanwhile.

@@ -3,8 +3,10 @@
 use std::collections::HashMap;
 use std::fmt::Debug;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use crate::node::Node;
@@ -16,8 +18,32 @@ pub struct OpenFile {
     pub fd: OwnedFd,
     /// What was opened.
     pub node: Arc<Node>,
+    /// How it was opened: for reading, writing or both, and whether writes wait for the disk.
+    pub flags: OFlags,
+    /// Whether it has a lock of flock(2).
+    locked: AtomicBool,
+}
+
+impl OpenFile {
+    /// What is open without a lock.
+    pub fn new(fd: OwnedFd, node: Arc<Node>, flags: OFlags) -> Self {
+        Self { fd, node, flags, locked: AtomicBool::new(false) }
+    }
+
     /// Whether it can be written to.
-    pub writable: bool,
+    pub fn is_writable(&self) -> bool {
+        self.flags.intersects(OFlags::WRONLY | OFlags::RDWR)
+    }
+
+    /// Notes that it has a lock, or has none any more.
+    pub fn set_locked(&self, locked: bool) {
+        self.locked.store(locked, Ordering::Relaxed);
+    }
+
+    /// Whether it has a lock.
+    pub fn is_locked(&self) -> bool {
+        self.locked.load(Ordering::Relaxed)
+    }
 }
 
 impl AsFd for OpenFile {
@@ -40,8 +66,9 @@ pub enum Directory {
     Shown,
 }
 
+/// What a number stands for.
 #[derive(Debug)]
-enum Handle {
+pub(crate) enum Handle {
     File(Arc<OpenFile>),
     Directory(Directory),
 }
@@ -110,6 +137,27 @@ impl Handles {
     /// Closes what has this number, if anything.
     pub fn close(&mut self, number: u64) {
         self.open.remove(&number);
+    }
+
+    /// All that is open, with its number.
+    pub(crate) fn each(&self) -> impl Iterator<Item = (u64, &Handle)> {
+        self.open.iter().map(|(number, handle)| (*number, handle))
+    }
+
+    /// The number of what is opened next.
+    pub(crate) fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// Sets the number of what is opened next.
+    pub(crate) fn go_on_at(&mut self, next: u64) {
+        self.next = next;
+    }
+
+    /// Notes what is open by a number that the guest knows already. Says whether it is below the next one, and nothing else has
+    /// it, and there is room.
+    pub(crate) fn put_back(&mut self, number: u64, handle: Handle) -> bool {
+        number < self.next && self.check().is_ok() && self.open.insert(number, handle).is_none()
     }
 
     /// How many are open.

@@ -6,6 +6,7 @@
 //! - [`export`]: what is exported, and how names below it are resolved and opened.
 //! - [`node`], [`handle`]: what the guest knows and what it has open, each bounded.
 //! - [`lock`], [`quota`], [`owner`]: locks that hold between VMs, how much may be added, whose files they are.
+//! - [`saved`]: what is kept of a session when its VM is saved.
 //! - `operations`: what the guest can ask for, by theme.
 //!
 //! # Trust
@@ -25,6 +26,7 @@ pub mod node;
 mod operations;
 pub mod owner;
 pub mod quota;
+pub mod saved;
 pub mod server;
 pub mod wire;
 
@@ -36,6 +38,7 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 pub use self::export::{Cache, Export, ExportError, Limits, Options, Source, descriptors};
 pub use self::owner::Ownership;
 pub use self::quota::Quota;
+pub use self::saved::{Session, SessionError};
 pub use self::server::{Served, Server};
 pub use self::wire::Message;
 

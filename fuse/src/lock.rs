@@ -65,7 +65,7 @@ impl Wanted {
     /// # Errors
     /// `EAGAIN` when it is not; what the system says.
     pub fn try_take(&self) -> Result<(), Errno> {
-        match self {
+        let outcome = match self {
             Self::Range(owner, range) => control(owner.fd.as_fd(), FcntlArg::F_OFD_SETLK(range)),
             Self::Whole(file, kind) => rustix::fs::flock(
                 &**file,
@@ -75,7 +75,16 @@ impl Wanted {
                     Kind::Unlock => FlockOperation::NonBlockingUnlock,
                 },
             ),
+        };
+        self.note(outcome)
+    }
+
+    /// Notes what is locked now. A lock that is to be of another kind may be lost when it is not had at once.
+    fn note(&self, outcome: Result<(), Errno>) -> Result<(), Errno> {
+        if let (Self::Whole(file, kind), Ok(())) = (self, outcome) {
+            file.set_locked(*kind != Kind::Unlock);
         }
+        outcome
     }
 
     fn wait(&self) -> Result<(), Errno> {
@@ -92,7 +101,7 @@ impl Wanted {
                 ),
             };
             if outcome != Err(Errno::INTR) {
-                return outcome;
+                return self.note(outcome);
             }
         }
     }
@@ -287,6 +296,11 @@ impl Locks {
     pub fn over(&self) -> Vec<(Ticket, Result<(), Errno>)> {
         let _ = rustix::io::read(&self.over.event, &mut [0u8; 8]);
         std::mem::take(&mut *self.over.tickets.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// How many processes have locks, each with an inode.
+    pub(crate) fn owners(&self) -> usize {
+        self.count
     }
 
     /// How many wait.

@@ -162,6 +162,29 @@ impl Nodes {
         true
     }
 
+    /// All of them, with their numbers and how many replies have named them.
+    pub(crate) fn each(&self) -> impl Iterator<Item = (u64, &Arc<Node>, u64)> {
+        self.known.iter().map(|(number, known)| (*number, &known.node, known.lookups))
+    }
+
+    /// The number of the next one.
+    pub(crate) fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// Sets the number of the next one.
+    pub(crate) fn go_on_at(&mut self, next: u64) {
+        self.next = next;
+    }
+
+    /// Notes one by a number that the guest knows already. Says whether that is below the next one, and neither the number nor
+    /// the inode is there already, and there is room.
+    pub(crate) fn put_back(&mut self, number: u64, node: Arc<Node>, lookups: u64) -> bool {
+        let fits = (FUSE_ROOT_ID + 1..self.next).contains(&number) && lookups > 0 && self.known.len() < self.max;
+        fits && self.numbers.insert(node.key(), number).is_none()
+            && self.known.insert(number, Known { node, lookups }).is_none()
+    }
+
     /// How many the guest knows.
     pub fn len(&self) -> usize {
         self.known.len()

@@ -59,6 +59,17 @@ impl Account {
         self.quota.inodes.map_or(u64::MAX, |max| max.saturating_sub(self.inodes.load(Ordering::Relaxed)))
     }
 
+    /// How many inodes were added.
+    pub(crate) fn inodes(&self) -> u64 {
+        self.inodes.load(Ordering::Relaxed)
+    }
+
+    /// Takes over what was added before.
+    pub(crate) fn go_on_at(&self, bytes: u64, inodes: u64) {
+        self.bytes.store(bytes, Ordering::Relaxed);
+        self.inodes.store(inodes, Ordering::Relaxed);
+    }
+
     /// What may be added in all.
     pub fn quota(&self) -> Quota {
         self.quota

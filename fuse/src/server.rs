@@ -66,7 +66,7 @@ pub struct Server {
     pub(crate) locks: Locks,
     pub(crate) counters: Counters,
     /// The requests that wait, with their own numbers.
-    waits: HashMap<Ticket, u64>,
+    pub(crate) waits: HashMap<Ticket, u64>,
     arguments: Vec<u8>,
     reply: Vec<u8>,
     /// What was held before resets.

@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::os::unix::net::UnixDatagram;
 
+use fuse_abi::linux::fuse_opcode;
+use tempfile::TempDir;
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -12,6 +14,7 @@ use crate::balloon::host::HostBalloon;
 use crate::blk::{Blk, Options};
 use crate::console::{Console, ConsoleOutput};
 use crate::device::{Event, VirtioDevice};
+use crate::fs::testing;
 use crate::mem::Mem;
 use crate::mem::host::HostMem;
 use crate::net::tap::Tap;
@@ -30,6 +33,7 @@ conformance!(net, Network);
 conformance!(balloon, Ballooned);
 conformance!(mem, Memory);
 conformance!(pmem, Persistent);
+conformance!(fs, Files);
 
 /// Puts bytes into memory and gives the buffer that they are.
 fn data(driver: &Driver, at: u64, bytes: &[u8]) -> Buffer {
@@ -357,5 +361,76 @@ impl Subject for Persistent {
     fn refuse(&mut self, driver: &mut Driver) {
         Self::request(driver, 7);
         driver.device.dispatch(Event::Queue(0));
+    }
+}
+
+/// A directory with a file in it, and what the driver has found of that.
+struct Files {
+    folder: TempDir,
+    /// The numbers of the file and of it when it is open, as long as there is a session.
+    found: Option<(u64, u64)>,
+}
+
+impl Files {
+    /// Asks for something, not by the queue that is looked at, and gives what follows the header of the answer.
+    fn answer(driver: &mut Driver, operation: fuse_opcode, node: u64, body: &[u8]) -> [u8; 256] {
+        Self::request(driver, 2, operation, node, body);
+        driver.device.dispatch(Event::Queue(2));
+        used(driver, 2);
+        assert_eq!(read::<4>(driver, 0x1004), [0; 4], "{operation:?}");
+        read(driver, 0x1010)
+    }
+
+    fn request(driver: &mut Driver, queue: usize, operation: fuse_opcode, node: u64, body: &[u8]) {
+        let message = testing::message(operation, node, body);
+        let message = data(driver, 0, &message);
+        driver.offer(queue, &[message, room(0x1000, 512)]);
+    }
+
+    /// Opens the file, once in a session.
+    fn find(&mut self, driver: &mut Driver) -> (u64, u64) {
+        // A driver that began anew begins a session.
+        if driver.metric("handles") == 0 {
+            self.found = None;
+        }
+        *self.found.get_or_insert_with(|| {
+            Self::answer(driver, fuse_opcode::FUSE_INIT, 0, &testing::init());
+            let number = |answer: [u8; 256]| u64::from_le_bytes(*answer.first_chunk().unwrap());
+            let node = number(Self::answer(driver, fuse_opcode::FUSE_LOOKUP, 1, b"file\0"));
+            (node, number(Self::answer(driver, fuse_opcode::FUSE_OPEN, node, &[2, 0, 0, 0, 0, 0, 0, 0])))
+        })
+    }
+}
+
+impl Subject for Files {
+    const QUEUE: usize = 1;
+    const FEATURES: u32 = 0;
+    const SERVED: &'static str = "read_bytes";
+    const REFUSED: Option<&'static str> = Some("errors");
+
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("file"), "content").unwrap();
+        Self { folder, found: None }
+    }
+
+    fn device(&self) -> Box<dyn VirtioDevice> {
+        testing::device_of(&self.folder, 2)
+    }
+
+    fn ask(&mut self, driver: &mut Driver) {
+        let (node, handle) = self.find(driver);
+        let body = [handle, 0, 100, 0, 0];
+        Self::request(driver, 1, fuse_opcode::FUSE_READ, node, body.map(u64::to_le_bytes).as_flattened());
+    }
+
+    fn check(&mut self, driver: &mut Driver) {
+        assert_eq!(used(driver, 1), 16 + 7);
+        assert_eq!(&read::<7>(driver, 0x1010), b"content");
+    }
+
+    fn refuse(&mut self, driver: &mut Driver) {
+        Self::request(driver, 1, fuse_opcode::FUSE_LOOKUP, 1, b"../file\0");
+        driver.device.dispatch(Event::Queue(1));
     }
 }

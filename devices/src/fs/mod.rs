@@ -5,6 +5,9 @@
 //! it and files without a copy. Requests that wait for a lock are kept and returned when they are over. No notification queue,
 //! and no shared memory (DAX).
 //!
+//! What is saved is the session, as far as the `fuse` crate keeps one: a driver that holds locks, or has files open that have no
+//! name any more, is not saved. It is restored by the thread that will serve.
+//!
 //! The device waits for the host's file system: it has to be in an event loop of its own thread, prepared by
 //! [`fuse::prepare_thread`].
 
@@ -17,7 +20,8 @@ mod tests;
 use std::collections::HashMap;
 use std::os::fd::AsRawFd as _;
 
-use fuse::{Served as Answer, Server};
+use fuse::{Served as Answer, Server, Session};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use self::message::GuestMessage;
@@ -25,6 +29,7 @@ use crate::GuestMemory;
 use crate::device::{Broken, Event, Resources, Trigger, VirtioDevice, Watch, read_config_bytes};
 use crate::limit::Limiter;
 use crate::queue::{Chain, QUEUE_SIZE_MAX, Served, VirtQueue};
+use crate::state::{self, LimiterState, StateError};
 
 /// The length of a tag (§5.11.4).
 pub const TAG_MAX: usize = 36;
@@ -59,6 +64,13 @@ struct Kept {
     queue: usize,
     head: u16,
     reply: message::Room,
+}
+
+/// What is kept of the device.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct FsState {
+    session: Session,
+    limiter: Option<LimiterState>,
 }
 
 /// The file system device.
@@ -176,6 +188,23 @@ impl VirtioDevice for Fs {
         self.server.reset();
         self.kept.clear();
         self.limiter.iter_mut().for_each(Limiter::reset);
+    }
+
+    fn quiesce(&mut self, resources: Resources<'_>) -> Result<(), Broken> {
+        // Nothing is under way but waits, and nobody ends those that are not over.
+        self.return_kept(resources.memory, resources.queues)
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        let session = self.server.save()?;
+        Ok(state::encode(&FsState { session, limiter: Limiter::save(&self.limiter) }))
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        let FsState { session, limiter } = state::decode("file system device", state)?;
+        self.server.restore(session)?;
+        Limiter::restore(&mut self.limiter, limiter);
+        Ok(())
     }
 
     fn let_go(&mut self) {

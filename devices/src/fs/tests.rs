@@ -5,10 +5,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use event_manager::{EventManager, SubscriberOps as _};
-use fuse::{Export, Options, Source};
 use fuse_abi::linux::{self as abi, fuse_opcode};
 use proptest::prelude::*;
-use rustix::fs::{Mode, OFlags};
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 use zerocopy::{FromBytes, IntoBytes};
@@ -28,9 +26,9 @@ struct Fixture {
 }
 
 fn device(folder: &TempDir, limiter: Option<Limiter>) -> Box<Fs> {
-    let fd = rustix::fs::open(folder.path(), OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
-    let export = Export::new(Source::Directory(fd), Options::default(), fuse::descriptors().unwrap()).unwrap();
-    Box::new(Fs::new(Server::new(export).unwrap(), "tag", 1, limiter).unwrap())
+    let mut device = testing::device_of(folder, 1);
+    device.limiter = limiter;
+    device
 }
 
 impl Fixture {
@@ -39,26 +37,13 @@ impl Fixture {
         fs::write(folder.path().join("file"), "0123456789").unwrap();
         let driver = Driver::new(device(&folder, limiter)).start();
         let mut fixture = Self { driver, folder };
-        let mut init = abi::fuse_init_in::read_from_bytes(&[0; 64]).unwrap();
-        (init.major, init.minor, init.flags) = (7, 40, u32::MAX);
-        fixture.ask(fuse_opcode::FUSE_INIT, 0, init.as_bytes(), 100).unwrap();
+        fixture.ask(fuse_opcode::FUSE_INIT, 0, &testing::init(), 100).unwrap();
         fixture
     }
 
     /// Makes a request available, its readable bytes cut at `cuts`.
     fn offer(&mut self, queue: usize, opcode: fuse_opcode, node: u64, body: &[u8], cuts: &[u32], room: u32) -> u16 {
-        let header = abi::fuse_in_header {
-            len: 40 + body.len() as u32,
-            opcode: opcode as u32,
-            unique: 7,
-            nodeid: node,
-            uid: 0,
-            gid: 0,
-            pid: 0,
-            total_extlen: 0,
-            padding: 0,
-        };
-        let bytes = [header.as_bytes(), body].concat();
+        let bytes = testing::message(opcode, node, body);
         self.driver.memory.write_slice(&bytes, GuestAddress(BUFFERS)).unwrap();
         let (mut chain, mut at) = (Vec::new(), 0);
         for end in cuts.iter().copied().chain([bytes.len() as u32]) {
@@ -202,6 +187,28 @@ fn a_reset_forgets_what_waits() {
     fixture.driver.device.dispatch(Event::Queue(1));
     fixture.driver.write(0x70, 0);
     assert_eq!((fixture.metric("inodes"), fixture.metric("handles")), (0, 0));
+}
+
+#[test]
+fn a_driver_that_waits_for_a_lock_or_has_it_is_not_saved() {
+    let mut fixture = Fixture::new(None);
+    let (node, fh) = fixture.open("file");
+    let file = fs::File::open(fixture.folder.path().join("file")).unwrap();
+    file.lock().unwrap();
+    let lk = abi::fuse_file_lock { start: 0, end: i64::MAX as u64, type_: 1, pid: 0 };
+    let wait = abi::fuse_lk_in { fh, owner: 1, lk, lk_flags: abi::FUSE_LK_FLOCK, padding: 0 };
+    let head = fixture.offer(REQUESTS, fuse_opcode::FUSE_SETLKW, node, wait.as_bytes(), &[40], 16);
+    fixture.driver.device.dispatch(Event::Queue(1));
+    assert!(matches!(fixture.driver.device.save(), Err(StateError::Busy { operations: 1 })));
+    file.unlock().unwrap();
+    // It is over as soon as that is known, which saving asks for.
+    while matches!(fixture.driver.device.save(), Err(StateError::Busy { .. })) {
+        fixture.driver.turn();
+    }
+    assert!(matches!(fixture.driver.device.save(), Err(StateError::Session(fuse::SessionError::Locked(1)))));
+    assert_eq!(fixture.driver.used(REQUESTS), Some((head, 16)));
+    // It goes on.
+    fixture.open("file");
 }
 
 #[test]

@@ -151,7 +151,7 @@ impl Server {
         let account = self.export.account.clone();
         let before = account.as_ref().map(|account| account.before(node)).transpose()?;
         let opened = handle.and_then(|handle| self.handles.file(handle).ok());
-        match opened.filter(|file| file.writable && file.node.key() == node.key()) {
+        match opened.filter(|file| file.is_writable() && file.node.key() == node.key()) {
             Some(file) => rustix::fs::ftruncate(&file.fd, size)?,
             None => rustix::fs::ftruncate(self.export.open(node, OFlags::WRONLY)?, size)?,
         }

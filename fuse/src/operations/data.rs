@@ -22,15 +22,14 @@ const COPY_MAX: u64 = 16 << 20;
 
 /// What a guest wants to do with a file that it opens.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Opening {
+pub(crate) struct Opening {
     pub flags: OFlags,
-    pub writable: bool,
     pub truncate: bool,
 }
 
 impl Server {
     /// Takes flags apart; only what is known is passed on.
-    pub(super) fn opening(&mut self, flags: u32) -> Result<Opening, Errno> {
+    pub(crate) fn opening(&mut self, flags: u32) -> Result<Opening, Errno> {
         if flags & FOR_EXECUTION != 0 && self.export.options.noexec {
             self.counters.noexec_refusals += 1;
             return Err(Errno::ACCESS);
@@ -48,7 +47,7 @@ impl Server {
         }
         // Not O_APPEND: each write says whether it appends. Not O_DIRECT: the guest's buffers lie as they lie.
         let kept = given & (OFlags::SYNC | OFlags::DSYNC);
-        Ok(Opening { flags: access | kept, writable, truncate })
+        Ok(Opening { flags: access | kept, truncate })
     }
 
     pub(super) fn open(&mut self, mut call: Call<'_>) -> Outcome {
@@ -75,7 +74,7 @@ impl Server {
         if let (Some(account), Some(before)) = (account, before) {
             account.settle(&node, before);
         }
-        Ok(self.handles.add_file(OpenFile { fd, node, writable: opening.writable }))
+        Ok(self.handles.add_file(OpenFile::new(fd, node, opening.flags)))
     }
 
     /// What the guest is told of an open file.

@@ -55,7 +55,7 @@ impl Server {
         };
         let entry = self.tell(node, &stat)?;
         let opened = self.nodes.get(entry.nodeid).and_then(|node| match fd {
-            Some(fd) => Ok(self.handles.add_file(OpenFile { fd, node, writable: opening.writable })),
+            Some(fd) => Ok(self.handles.add_file(OpenFile::new(fd, node, opening.flags))),
             None => self.open_node(node, opening),
         });
         let handle = opened.inspect_err(|_| {
@@ -80,7 +80,7 @@ impl Server {
         node.name_removed();
         let entry = self.tell(node, &stat)?;
         let node = self.nodes.get(entry.nodeid)?;
-        let handle = self.handles.add_file(OpenFile { fd, node, writable: opening.writable });
+        let handle = self.handles.add_file(OpenFile::new(fd, node, opening.flags));
         put(call.reply, &entry);
         put(call.reply, &self.opened(handle));
         Ok(Done::Reply)

@@ -77,6 +77,20 @@ fn one_of_each(client: &mut Client) {
     client.forget(node, 10);
 }
 
+/// Saves a session with a file in it and goes on with that.
+fn save_and_restore(client: &mut Client) {
+    let node = client.walk("locked").unwrap();
+    let fh = client.open(node, libc::O_RDWR).unwrap();
+    client.ask(op::FUSE_OPENDIR, ROOT, [0u32, 0].as_bytes()).unwrap();
+    let session = client.server.save().unwrap();
+    client.server.reset();
+    client.server.let_go();
+    // The reset is told like the end of a wait.
+    assert!(client.server.over().is_empty());
+    client.server.restore(session).unwrap();
+    assert_eq!((client.read(node, fh, 0, 10).unwrap(), client.metric("handles")), (vec![], 2));
+}
+
 /// Waits for a lock that somebody else has, in a thread that inherits the confinement.
 fn wait_for_a_lock(client: &mut Client) {
     let node = client.walk("locked").unwrap();
@@ -105,6 +119,7 @@ fn a_server_does_what_its_thread_may_do_and_nothing_else() {
             fuse::prepare_thread(ownership, None).unwrap();
             jailer::thread(jailer::Thread::Fs).unwrap();
             client.caller = if root { (1000, 1000) } else { (0, 0) };
+            save_and_restore(&mut client);
             one_of_each(&mut client);
             client.caller = (0, 0);
             wait_for_a_lock(&mut client);

@@ -9,4 +9,5 @@ mod hostile;
 mod locks;
 mod quota;
 mod read_only;
+mod saved;
 mod single_file;
