@@ -4,6 +4,7 @@
 //! - [`devices`]: each virtio device behind its transport, in the monitor's event loop, with a driver that does what the
 //!   bytes say.
 //! - [`server`], [`client`]: a monitor's API with its agent, and what a front end makes of a monitor's answers.
+//! - [`files`]: what a guest asks of a file system.
 //! - [`image`], [`archives`], [`documents`]: images, archives that go in and out of containers, and everything smaller.
 //! - [`mutate`]: generated inputs for where there is no fuzzer.
 //!
@@ -16,6 +17,7 @@ pub mod archives;
 pub mod client;
 pub mod devices;
 pub mod documents;
+pub mod files;
 pub mod image;
 mod input;
 pub mod mutate;
@@ -57,6 +59,7 @@ targets! {
     balloon, devices::balloon, 3000;
     blk, devices::blk, 2000;
     console, devices::console, 3000;
+    fs, devices::fs, 1500;
     limits, devices::limits, 5000;
     mem, devices::mem, 3000;
     net, devices::net, 2000;
@@ -72,6 +75,7 @@ targets! {
     client_output, client::output, 5000;
     container_record, documents::container_record, 1500;
     env_file, documents::env_file, 3000;
+    fuse_message, files::messages, 1500;
     host_message, documents::host_message, 5000;
     image_archive, image::archive, 1500;
     image_document, image::document, 5000;

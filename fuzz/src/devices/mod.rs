@@ -13,6 +13,7 @@ use ::devices::balloon::Balloon;
 use ::devices::balloon::host::HostBalloon;
 use ::devices::blk::{Blk, Options};
 use ::devices::console::{Console, ConsoleOutput};
+use ::devices::fs::Fs;
 use ::devices::limit::{Limiter, Rate};
 use ::devices::mem::Mem;
 use ::devices::mem::host::HostMem;
@@ -25,6 +26,7 @@ use ::devices::vsock::ports::HostPorts;
 use ::devices::vsock::{GUEST_CID, HOST_CID, Vsock};
 
 use self::driver::{Backend, REGION, drive};
+use crate::files;
 use crate::input::Input;
 use crate::scratch;
 
@@ -313,6 +315,33 @@ pub fn pmem(bytes: &[u8]) {
     let file = (input.u8() & 1 == 0).then(|| scratch::file(REGION_LENGTH));
     let device = Pmem::new(file, REGION..REGION + REGION_LENGTH);
     drive(Box::new(device), &mut Plain, &mut input);
+}
+
+struct Files(files::Host);
+
+impl Backend for Files {
+    /// Locks are waited for in threads.
+    fn patience(&self) -> i32 {
+        1
+    }
+
+    fn request(&mut self, input: &mut Input<'_>) -> Vec<u8> {
+        files::request(input)
+    }
+
+    fn host(&mut self, input: &mut Input<'_>) {
+        self.0.change(input);
+    }
+}
+
+/// The file system device, on a directory or a file in memory.
+pub fn fs(bytes: &[u8]) {
+    let mut input = Input::new(bytes);
+    let (host, server) = files::Host::serve(&mut input);
+    let device = Fs::new(server, "fuzz", 2, limiter(&mut input)).expect("the tag fits");
+    let mut files = Files(host);
+    drive(Box::new(device), &mut files, &mut input);
+    files.0.check();
 }
 
 /// Token buckets of any size: what is never waited for is said at once, what was lifted is never waited for.

@@ -3,6 +3,8 @@
 
 #![forbid(unsafe_code)]
 
+mod files;
+
 use std::fs;
 use std::io::Write as _;
 use std::path::Path;
@@ -19,7 +21,7 @@ const LIMIT: usize = 1 << 20;
 fn main() -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds");
     _ = fs::remove_dir_all(&root);
-    let groups = [devices(), texts(), messages()?, documents()?, archives()?, answers(), sessions()?];
+    let groups = [devices(), files::seeds(), texts(), messages()?, documents()?, archives()?, answers(), sessions()?];
     for (target, name, bytes) in groups.into_iter().flatten() {
         assert!(fuzz::target(target).is_some(), "there is no target {target}");
         let folder = root.join(target);
