@@ -3,7 +3,9 @@
 //! [`LaunchConfig::parse`] is the only way in: what it returns is within every bound stated here.
 
 mod drive;
+mod error;
 mod filesystem;
+mod jail;
 mod limits;
 mod network;
 mod pmem;
@@ -13,15 +15,15 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use jailer::cgroup::{Bounds, IoBound};
 use protocol::container::ContainerSpec;
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
 
 pub use self::drive::{DRIVES_MAX, DriveConfig, DriveFile};
+pub use self::error::ConfigError;
 pub use self::filesystem::{
     CachePolicy, FILESYSTEMS_MAX, FilesystemConfig, LOCK_OWNERS, LOCK_WAITERS, LockScope, OwnershipConfig, QuotaConfig,
 };
+pub use self::jail::{IoConfig, JailConfig};
 pub use self::limits::{LimitsConfig, RateConfig};
 pub use self::network::{MacAddress, NETWORKS_MAX, NetworkConfig, QUEUE_PAIRS_MAX, TapConfig};
 pub use self::pmem::{PMEM_MAX, PmemConfig};
@@ -62,74 +64,6 @@ pub struct LaunchConfig {
     /// The jail that the monitor is in, as far as there is a choice.
     #[serde(default)]
     pub jail: JailConfig,
-}
-
-/// What can be chosen of a monitor's jail; what is in it otherwise is described in `docs/decisions/0007-jail.md`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct JailConfig {
-    /// A network namespace to be in instead of an empty one: a file like `/proc/PID/ns/net`.
-    #[serde(default)]
-    pub network_namespace: Option<PathBuf>,
-    /// The folders of the cgroup to be born in, one for each hierarchy, which is there already. Without any, a process that is
-    /// above the monitor makes one, and removes it.
-    #[serde(default)]
-    pub cgroups: Vec<PathBuf>,
-    /// The most memory that the monitor and its guest take, in bytes: by default the guest's and a part more.
-    #[serde(default)]
-    pub memory_bytes: Option<u64>,
-    /// The most CPU time in microseconds in each 100 ms: by default that of the vCPUs and of one CPU more.
-    #[serde(default)]
-    pub cpu_us: Option<u64>,
-    /// The most threads: by default those of the vCPUs and 16 more, and 65 for each file system.
-    #[serde(default)]
-    pub threads: Option<u32>,
-    /// Limits on disks: by default none.
-    #[serde(default)]
-    pub io: Vec<IoConfig>,
-}
-
-/// How much the monitor may read of and write to a disk in a second.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct IoConfig {
-    /// The disk's major number.
-    pub major: u32,
-    /// The disk's minor number.
-    pub minor: u32,
-    /// Bytes read.
-    #[serde(default)]
-    pub read_bps: Option<u64>,
-    /// Bytes written.
-    #[serde(default)]
-    pub write_bps: Option<u64>,
-    /// Reads.
-    #[serde(default)]
-    pub read_iops: Option<u64>,
-    /// Writes.
-    #[serde(default)]
-    pub write_iops: Option<u64>,
-}
-
-impl JailConfig {
-    /// The limits of the cgroup of a machine's monitor.
-    pub fn bounds(&self, vm: &VmConfig) -> Bounds {
-        let inodes = vm.filesystems.iter().map(FilesystemConfig::inodes).sum();
-        let usual = Bounds::new(vm.vcpus, vm.most_memory_mib()).serving(vm.file_threads(), inodes);
-        let io = self.io.iter().map(|io| IoBound {
-            device: format!("{}:{}", io.major, io.minor),
-            read_bps: io.read_bps,
-            write_bps: io.write_bps,
-            read_iops: io.read_iops,
-            write_iops: io.write_iops,
-        });
-        Bounds {
-            memory: self.memory_bytes.or(usual.memory),
-            cpu_us: self.cpu_us.or(usual.cpu_us),
-            threads: self.threads.or(usual.threads),
-            io: io.collect(),
-        }
-    }
 }
 
 /// When a container that has ended is started again, unless somebody wanted it to end.
@@ -223,90 +157,6 @@ pub struct VmConfig {
 
 fn one() -> u8 {
     1
-}
-
-/// Why a document was refused.
-#[derive(Debug, Error)]
-pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("cannot read the configuration {}", path.display())]
-    Read {
-        /// Its path.
-        path: PathBuf,
-        /// What the system says.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The file is over the limit.
-    #[error("the configuration is over {DOCUMENT_MAX} bytes")]
-    TooLong,
-    /// The document is not JSON of the right shape.
-    #[error("the configuration is not valid")]
-    Syntax(#[source] serde_json::Error),
-    /// A number is out of its range.
-    #[error("{field} is {value}: give {least} to {most}")]
-    OutOfRange {
-        /// The field.
-        field: &'static str,
-        /// What it was.
-        value: u64,
-        /// The least allowed.
-        least: u64,
-        /// The most allowed.
-        most: u64,
-    },
-    /// A number in a device's limits is out of its range.
-    #[error("{tokens}.{field} of the {device} device's limits is {value}: give {least} to {most}")]
-    Limit {
-        /// The kind of device.
-        device: &'static str,
-        /// What is limited.
-        tokens: &'static str,
-        /// The field.
-        field: &'static str,
-        /// What it was.
-        value: u64,
-        /// The least allowed.
-        least: u64,
-        /// The most allowed.
-        most: u64,
-    },
-    /// No interface can have this name.
-    #[error("{name:?} is no name of an interface: give 1 to 15 printable ASCII characters without /, : and %")]
-    InterfaceName {
-        /// The name.
-        name: String,
-    },
-    /// Two file systems have one tag.
-    #[error("two file systems have the tag {tag:?}: the guest could not tell them apart")]
-    Tag {
-        /// The tag.
-        tag: String,
-    },
-    /// A file is to be seen under a name that no file can have.
-    #[error("a file cannot be seen as {name:?}: give a name of 1 to 255 bytes without '/'")]
-    FileName {
-        /// The name.
-        name: String,
-    },
-    /// Memory cannot grow to that.
-    #[error("memory_max_mib is {most}: give memory_mib ({now}) plus a multiple of {PLUGGABLE_MIB}, such as {next}")]
-    MemoryMax {
-        /// What it was.
-        most: u32,
-        /// What the VM begins with.
-        now: u32,
-        /// The next one that is possible.
-        next: u32,
-    },
-    /// A text has characters that its place cannot hold.
-    #[error("{field} {value:?} has a character other than printable ASCII")]
-    NotPrintable {
-        /// The field.
-        field: &'static str,
-        /// What it was.
-        value: String,
-    },
 }
 
 impl LaunchConfig {
@@ -424,15 +274,6 @@ mod tests {
     }
 
     #[test]
-    fn limits_of_the_jail_follow_from_the_machine_unless_they_are_given() {
-        let text = r#"{"vm":{"kernel":"/k","memory_mib":128},"jail":{"threads":9,"io":[{"major":8,"minor":1}]}}"#;
-        let config = LaunchConfig::parse(text.as_bytes()).unwrap();
-        let bounds = config.jail.bounds(&config.vm);
-        assert_eq!((bounds.threads, bounds.cpu_us, &*bounds.io[0].device), (Some(9), Some(200_000), "8:1"));
-        assert!(bounds.memory.is_some_and(|memory| memory > 128 << 20));
-    }
-
-    #[test]
     fn an_unknown_field_is_refused_by_name() {
         let error = parse(r#"{"kernel":"/k","memory_mib":128,"memroy":1}"#).unwrap_err();
         let ConfigError::Syntax(source) = error else { panic!("{error}") };
@@ -479,22 +320,6 @@ mod tests {
         assert_eq!(networks(NETWORKS_MAX, "tap0").unwrap().vm.networks.len(), NETWORKS_MAX);
         assert!(matches!(networks(NETWORKS_MAX + 1, "tap0"), Err(ConfigError::OutOfRange { .. })));
         assert!(matches!(networks(1, "a tap"), Err(ConfigError::InterfaceName { .. })));
-    }
-
-    #[test]
-    fn file_systems_count_as_devices_and_the_jail_has_room_for_them() {
-        let config = |count: usize| {
-            let list: Vec<_> = (0..count).map(|tag| format!(r#"{{"tag":"{tag}","path":"/"}}"#)).collect();
-            parse(&format!(r#"{{"kernel":"/k","memory_mib":128,"filesystems":[{}]}}"#, list.join(",")))
-        };
-        assert!(matches!(config(FILESYSTEMS_MAX + 1), Err(ConfigError::OutOfRange { .. })));
-        let bounds = |count| {
-            let config = config(count).unwrap();
-            let Bounds { threads, memory, .. } = config.jail.bounds(&config.vm);
-            (threads.unwrap(), memory.unwrap())
-        };
-        let ((threads, memory), (most_threads, most_memory)) = (bounds(0), bounds(FILESYSTEMS_MAX));
-        assert_eq!((most_threads - threads, most_memory - memory), (16 * 65, 16 << (17 + 11)));
     }
 
     #[test]
