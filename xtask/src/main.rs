@@ -76,6 +76,9 @@ enum Task {
     /// Measure what a prepared root holds, and leave the result in a folder
     #[command(hide = true)]
     BenchMeasure(bench::MeasureArgs),
+    /// Measure devices on what a prepared root holds, and leave the result in a folder
+    #[command(hide = true)]
+    BenchMeasureIo(bench::MeasureIoArgs),
     /// Inside the lab: hold a VM, so that KVM always has one
     #[command(hide = true)]
     LabHold,
@@ -108,6 +111,7 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Check => test::check()?,
         Task::Bench(args) => return bench::bench(args),
         Task::BenchMeasure(args) => bench::measure(&args)?,
+        Task::BenchMeasureIo(args) => bench::measure_io(&args)?,
         Task::Fuzz(args) => fuzz::fuzz(&args)?,
         Task::Openapi => build::openapi()?,
         Task::Tidy => tidy::tidy()?,

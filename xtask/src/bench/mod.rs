@@ -3,12 +3,13 @@
 //! The host's half ([`stage`]) puts everything that is measured into one folder; the measuring half ([`measure`]) runs
 //! on it, in the lab with instruction-counted time or, with `--direct`, right here. [`start`] starts containers, [`boot`]
 //! boots monitors up to the agent's first word, [`footprint`] looks at memory; [`report`] is what comes out.
-//! `docs/performance.md` says what the figures mean.
+//! `cargo xtask bench io` is in [`io`]. `docs/performance.md` says what the figures mean.
 
 mod boot;
 mod bundle;
 mod entry;
 mod footprint;
+mod io;
 mod measure;
 mod probe;
 mod process;
@@ -24,6 +25,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 
+pub use io::{MeasureIoArgs, measure as measure_io};
 pub use measure::{MeasureArgs, measure};
 
 use report::Report;
@@ -47,6 +49,8 @@ pub struct BenchArgs {
 enum Bench {
     /// The start of a container, side by side with runc and crun, and the boot of a VM with Firecracker
     Start(StartArgs),
+    /// How fast a guest's devices move data, side by side with Firecracker's, and its files with the host's
+    Io(io::IoArgs),
 }
 
 #[derive(Args)]
@@ -70,7 +74,13 @@ struct StartArgs {
 
 /// Runs a benchmark.
 pub fn bench(args: BenchArgs) -> Result<ExitCode> {
-    let Bench::Start(args) = args.what;
+    match args.what {
+        Bench::Start(args) => bench_start(args),
+        Bench::Io(args) => io::bench(args),
+    }
+}
+
+fn bench_start(args: StartArgs) -> Result<ExitCode> {
     let stage = stage::prepare(args.firecracker.as_deref(), args.kernel.as_deref())?;
     let out = tempfile::Builder::new().prefix("cofferdam-bench-").tempdir().context("cannot create a folder")?;
     if args.direct {

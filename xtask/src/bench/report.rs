@@ -107,10 +107,13 @@ pub struct Footprint {
 
 /// Smallest, middle and largest of some numbers.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Summary {
-    median: f64,
-    least: f64,
-    most: f64,
+pub struct Summary {
+    /// The middle one, or the mean of the middle two.
+    pub median: f64,
+    /// The smallest.
+    pub least: f64,
+    /// The largest.
+    pub most: f64,
 }
 
 impl Summary {
@@ -125,7 +128,8 @@ impl Summary {
 }
 
 impl<S> Series<S> {
-    fn summary(&self, value: impl Fn(&S) -> Option<f64>) -> Option<Summary> {
+    /// The summary of what the runs have of some value.
+    pub fn summary(&self, value: impl Fn(&S) -> Option<f64>) -> Option<Summary> {
         Summary::of(self.runs.iter().filter_map(value))
     }
 

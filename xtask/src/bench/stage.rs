@@ -24,16 +24,8 @@ const MERGED: [&str; 4] = ["bin", "lib", "lib64", "sbin"];
 
 /// Prepares the root and gives its path.
 pub fn prepare(firecracker: Option<&Path>, kernel: Option<&Path>) -> Result<PathBuf> {
-    let root = paths::target().join(FOLDER);
-    if root.exists() {
-        fs::remove_dir_all(&root).with_context(|| format!("cannot remove {}", root.display()))?;
-    }
+    let root = empty_root()?;
     let bench = root.join(FOLDER);
-    paths::make_folder(&bench)?;
-    for name in MERGED {
-        paths::make_folder(&root.join("usr").join(name))?;
-        symlink(format!("usr/{name}"), root.join(name))?;
-    }
     let release = paths::release();
     let kernel = kernel.map_or_else(|| release.join("vmlinux"), Path::to_owned);
     let built = |name: &str| release.join(name);
@@ -69,10 +61,28 @@ pub fn prepare(firecracker: Option<&Path>, kernel: Option<&Path>) -> Result<Path
     for (name, own_network) in [("bundle", true), ("bundle-host-network", false)] {
         write_json(&bench.join(name).join("config.json"), &bundle::config("", PROBE, own_network)?)?;
     }
-    let content = fs::read(&kernel).with_context(|| format!("cannot read {}", kernel.display()))?;
-    let digest: String = Sha256::digest(content).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-    write_json(&bench.join(ABOUT), &json!({ "versions": versions, "kernel_sha256": digest }))?;
+    write_json(&bench.join(ABOUT), &json!({ "versions": versions, "kernel_sha256": digest(&kernel)? }))?;
     Ok(root)
+}
+
+/// A root with nothing in it but the folders of a Debian system, in place of any earlier one.
+pub fn empty_root() -> Result<PathBuf> {
+    let root = paths::target().join(FOLDER);
+    if root.exists() {
+        fs::remove_dir_all(&root).with_context(|| format!("cannot remove {}", root.display()))?;
+    }
+    paths::make_folder(&root.join(FOLDER))?;
+    for name in MERGED {
+        paths::make_folder(&root.join("usr").join(name))?;
+        symlink(format!("usr/{name}"), root.join(name))?;
+    }
+    Ok(root)
+}
+
+/// The beginning of a file's SHA-256.
+pub fn digest(file: &Path) -> Result<String> {
+    let content = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+    Ok(Sha256::digest(content).iter().take(8).map(|byte| format!("{byte:02x}")).collect())
 }
 
 fn find(name: &str) -> Result<PathBuf> {
@@ -80,18 +90,19 @@ fn find(name: &str) -> Result<PathBuf> {
 }
 
 /// Copies a file with its permissions.
-fn copy(from: &Path, to: &Path) -> Result<()> {
+pub fn copy(from: &Path, to: &Path) -> Result<()> {
     paths::make_folder(to.parent().context("a file has a folder")?)?;
     fs::copy(from, to).map(drop).with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))
 }
 
-fn write_json(to: &Path, value: &Value) -> Result<()> {
+/// Writes JSON into a file.
+pub fn write_json(to: &Path, value: &Value) -> Result<()> {
     paths::make_folder(to.parent().context("a file has a folder")?)?;
     fs::write(to, serde_json::to_vec_pretty(value)?).with_context(|| format!("cannot write {}", to.display()))
 }
 
 /// Copies the shared libraries of a program to where it will look for them in the new root.
-fn libraries(program: &Path, root: &Path) -> Result<()> {
+pub fn libraries(program: &Path, root: &Path) -> Result<()> {
     let output = Command::new("ldd").arg(program).stderr(Stdio::null()).output().context("cannot start ldd")?;
     // A static program has none, and ldd says so by failing.
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -112,7 +123,7 @@ fn libraries(program: &Path, root: &Path) -> Result<()> {
 }
 
 /// What a program says of itself, first line only.
-fn version(program: &Path, flag: &str) -> Result<String> {
+pub fn version(program: &Path, flag: &str) -> Result<String> {
     let output = Command::new(program)
         .arg(flag)
         .stderr(Stdio::null())
