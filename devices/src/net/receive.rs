@@ -1,8 +1,8 @@
 //! Frames for the guest (VIRTIO 1.2 §5.1.6.3, "Setting Up Receive Buffers", and §5.1.6.4, "Processing of Incoming Packets").
 //!
-//! Buffers for the longest frame are gathered, one call reads a frame into them, and those that it did not reach are the next
-//! frame's. Should the guest have fewer buffers than the frame needs, the rest of it lands in memory of the device's own,
-//! where the frame is kept until there are enough: nothing that was taken from the tap is lost for want of buffers.
+//! Buffers for a frame as long as those before it are gathered, one call reads a frame into them, and those that it did not
+//! reach are the next frame's. Should the frame need more, the rest of it lands in memory of the device's own, where the frame
+//! is kept until there are enough: nothing that was taken from the tap is lost for want of buffers.
 
 use std::io;
 
@@ -44,11 +44,14 @@ struct Spill {
     memory: Box<[u8]>,
     /// The length of the frame that is kept in it; 0 for none.
     kept: usize,
+    /// How long the next frame is going to be, by those before it: buffers for the longest one are many, and to gather them
+    /// is most of the work on a short one.
+    expected: usize,
 }
 
 impl Receiver {
     pub(super) fn new(limiter: Option<Limiter>, taps: usize) -> Self {
-        let spill = || Spill { memory: vec![0; FRAME_MAX].into_boxed_slice(), kept: 0 };
+        let spill = || Spill { memory: vec![0; FRAME_MAX].into_boxed_slice(), kept: 0, expected: FRAME_MAX };
         let spills = std::iter::repeat_with(spill).take(taps).collect();
         Self { limiter, spills, frames: 0, bytes: 0, dropped: 0, stalls: 0 }
     }
@@ -88,8 +91,8 @@ impl Receiver {
             if !Limiter::admits(&mut self.limiter) {
                 return room.leave(queue, 0);
             }
-            room.gather(queue)?;
             let Some(spill) = self.spills.get_mut(index) else { return room.leave(queue, 0) };
+            room.gather(queue, spill.needed())?;
             if spill.kept > room.length || room.length == 0 {
                 // Looked at again once the driver is going to tell of more.
                 if room.is_whole_queue(queue) {
@@ -103,6 +106,7 @@ impl Receiver {
             }
             match spill.next(tap, &room) {
                 Ok(Frame::There(header, length)) => {
+                    spill.learn(length);
                     let payload = (length - HEADER) as u64;
                     self.limiter.iter_mut().for_each(|limiter| limiter.charge(payload));
                     match admissible(header, features) {
@@ -139,6 +143,17 @@ enum Frame {
 }
 
 impl Spill {
+    /// How much room the next frame is given.
+    fn needed(&self) -> usize {
+        self.kept.max(self.expected).max(HEADER)
+    }
+
+    /// Takes into account how long a frame was.
+    fn learn(&mut self, length: usize) {
+        // Long ones are expected for a while after one: to be wrong about them costs a copy.
+        self.expected = length.max(self.expected - self.expected.saturating_sub(length).div_ceil(8));
+    }
+
     /// Takes the frame that is kept, which has room, or else the next one from the tap.
     fn next(&mut self, tap: &Tap, room: &Room<'_>) -> io::Result<Frame> {
         let mut header = [0; HEADER];
@@ -164,6 +179,7 @@ impl Spill {
         self.memory[..HEADER].copy_from_slice(&header);
         read(room.after_header(), &mut self.memory[HEADER..room.length]);
         self.kept = length;
+        self.expected = FRAME_MAX;
         Ok(Frame::Kept)
     }
 }
@@ -213,9 +229,9 @@ impl<'m> Room<'m> {
         Self { memory, mergeable, chains: Vec::new(), slices: Vec::new(), length: 0 }
     }
 
-    /// Takes chains until the longest frame fits: one, unless the driver puts several together.
-    fn gather(&mut self, queue: &mut VirtQueue) -> Result<(), Broken> {
-        while self.length < FRAME_MAX && !self.is_whole_queue(queue) && !self.is_one_chain() {
+    /// Takes chains until a frame of this length fits: one, unless the driver puts several together.
+    fn gather(&mut self, queue: &mut VirtQueue, needed: usize) -> Result<(), Broken> {
+        while self.length < needed && !self.is_whole_queue(queue) && !self.is_one_chain() {
             if self.slices.len() > SLICES_MAX {
                 break;
             }

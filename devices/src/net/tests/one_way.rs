@@ -115,6 +115,26 @@ fn a_frame_for_which_there_are_too_few_buffers_is_kept() {
 }
 
 #[test]
+fn long_frames_are_received_whole_after_many_short_ones() {
+    let taps = tap(1);
+    let wire = Wire::open();
+    let mut guest = Guest::new(taps, options(), MERGEABLE);
+    // As many as a long frame needs.
+    for _ in 0..3 {
+        guest.offer(0, &[600]);
+    }
+    for length in [60; 100].into_iter().chain([1500, 60, 1500, 1500, 60]) {
+        wire.send(SHORT, &incoming(length));
+        guest.tap_is_ready();
+        let (header, frame) = guest.received(0).unwrap();
+        assert_eq!((header[10], frame), (if length == 60 { 1 } else { 3 }, incoming(length)));
+        for _ in 0..header[10] {
+            guest.offer(0, &[600]);
+        }
+    }
+}
+
+#[test]
 fn a_frame_for_which_there_is_never_room_is_dropped() {
     let taps = tap(1);
     let wire = Wire::open();
