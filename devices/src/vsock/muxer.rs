@@ -9,7 +9,7 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use rustix::event::epoll;
-use virtio_vsock::packet::VsockPacket;
+use virtio_vsock::packet::{PKT_HEADER_SIZE, VsockPacket};
 
 use super::callers::{Call, Callers, Wish};
 use super::connection::{Asker, CREDIT, Connection, Packet, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
@@ -290,8 +290,7 @@ impl Muxer {
     pub(super) fn next_packet(&mut self, packet: &mut VsockPacket<'_, ()>) -> Option<u32> {
         if let Some(Reset { key, host_cid, kind }) = self.resets.pop_front() {
             self.counters.reset += 1;
-            write_header(packet, key, OP_RST, 0, 0, 0);
-            packet.set_src_cid(host_cid).set_type(kind);
+            Header { key, host_cid, kind, op: OP_RST, flags: 0, forwarded: 0, length: 0 }.write(packet);
             return Some(0);
         }
         while let Some(key) = self.listed.pop_front() {
@@ -299,6 +298,7 @@ impl Muxer {
             connection.listed = false;
             let Some(next) = connection.next_packet(packet.data_slice()) else { continue };
             let forwarded = connection.announce();
+            let header = Header { key, host_cid: HOST_CID, kind: TYPE_STREAM, op: 0, flags: 0, forwarded, length: 0 };
             let (op, flags, length) = match next {
                 Packet::Request => (OP_REQUEST, 0, 0),
                 Packet::Response => (OP_RESPONSE, 0, 0),
@@ -313,12 +313,12 @@ impl Muxer {
                         continue;
                     }
                     self.counters.reset += 1;
-                    write_header(packet, key, OP_RST, 0, forwarded, 0);
+                    Header { op: OP_RST, ..header }.write(packet);
                     return Some(0);
                 }
             };
             list(&mut self.listed, key, connection);
-            write_header(packet, key, op, flags, forwarded, length);
+            Header { op, flags, length, ..header }.write(packet);
             return Some(length);
         }
         None
@@ -365,16 +365,31 @@ fn list(listed: &mut VecDeque<Key>, key: Key, connection: &mut Connection) {
     }
 }
 
-fn write_header(packet: &mut VsockPacket<'_, ()>, key: Key, op: u16, flags: u32, forwarded: u32, length: u32) {
-    packet
-        .set_src_cid(HOST_CID)
-        .set_dst_cid(GUEST_CID)
-        .set_src_port(key.host)
-        .set_dst_port(key.guest)
-        .set_len(length)
-        .set_type(TYPE_STREAM)
-        .set_op(op)
-        .set_flags(flags)
-        .set_buf_alloc(CREDIT)
-        .set_fwd_cnt(forwarded);
+/// What a packet is about.
+struct Header {
+    key: Key,
+    /// Whom the guest takes it to come from.
+    host_cid: u64,
+    kind: u16,
+    op: u16,
+    flags: u32,
+    forwarded: u32,
+    length: u32,
+}
+
+impl Header {
+    /// Writes it (§5.10.6, `struct virtio_vsock_hdr`), all at once: there is one for each few kilobytes of data.
+    fn write(&self, packet: &VsockPacket<'_, ()>) {
+        let (Key { host, guest }, mut bytes, mut at) = (self.key, [0; PKT_HEADER_SIZE], 0);
+        // They are as long as a header, all together.
+        let mut put = |field: &[u8]| {
+            bytes[at..at + field.len()].copy_from_slice(field);
+            at += field.len();
+        };
+        [self.host_cid, GUEST_CID].iter().for_each(|field| put(&field.to_le_bytes()));
+        [host, guest, self.length].iter().for_each(|field| put(&field.to_le_bytes()));
+        [self.kind, self.op].iter().for_each(|field| put(&field.to_le_bytes()));
+        [self.flags, CREDIT, self.forwarded].iter().for_each(|field| put(&field.to_le_bytes()));
+        packet.header_slice().copy_from(&bytes);
+    }
 }
