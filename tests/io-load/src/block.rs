@@ -1,6 +1,6 @@
 //! Reading and writing one file or block device.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::thread;
 
@@ -27,7 +27,7 @@ pub struct Shape {
     pub threads: usize,
 }
 
-/// Opens everything. What is `buffered` goes through the page cache, which holds nothing of it before; writing ends with a
+/// Opens everything; a file that is to be read is made as long as that takes. What is `buffered` goes through the page cache, which holds nothing of it before; writing ends with a
 /// sync then.
 pub fn prepare(path: &str, direction: &str, cache: &str, shape: Shape) -> Result<Work> {
     let direct = match cache {
@@ -41,6 +41,9 @@ pub fn prepare(path: &str, direction: &str, cache: &str, shape: Shape) -> Result
         _ => bail!("{direction:?} is neither read nor write"),
     };
     ensure!(shape.size > 0 && shape.threads > 0, "a size and a number of threads cannot be 0");
+    if !write {
+        lengthen(path, shape.size * shape.count)?;
+    }
     drop_caches()?;
     let flags = if direct { OFlags::DIRECT } else { OFlags::empty() };
     let file = OpenOptions::new()
@@ -82,6 +85,14 @@ pub fn prepare(path: &str, direction: &str, cache: &str, shape: Shape) -> Result
         }
         Ok(())
     }))
+}
+
+/// Makes a file at least so long, with data in it. A block device is as long as it is.
+fn lengthen(path: &str, length: usize) -> Result<()> {
+    match fs::metadata(path) {
+        Ok(metadata) if !metadata.is_file() || metadata.len() >= length as u64 => Ok(()),
+        _ => fs::write(path, vec![0x5a; length]).with_context(|| format!("cannot fill {path}")),
+    }
 }
 
 fn transfer(file: &File, write: bool, places: &[u64], buffer: &mut [u8], size: usize) -> Result<()> {

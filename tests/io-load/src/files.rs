@@ -8,12 +8,20 @@ use anyhow::{Context, Result, bail};
 
 use crate::{Work, drop_caches};
 
-/// Prepares an operation on each of `count` files in a folder. What is `cold` finds the caches of a guest empty.
+/// Prepares an operation on each of `count` files in a folder, which are made if it needs them. What is `cold` finds the caches of a guest empty.
 pub fn prepare(what: &str, folder: &str, count: usize) -> Result<Work> {
     let folder = Path::new(folder);
     fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
     let files: Vec<PathBuf> = (0..count).map(|number| folder.join(format!("file-{number}"))).collect();
     let renamed: Vec<PathBuf> = (0..count).map(|number| folder.join(format!("renamed-{number}"))).collect();
+    let needed: &[PathBuf] = match what {
+        "create" => &[],
+        "unlink" => &renamed,
+        _ => &files,
+    };
+    for file in needed.iter().filter(|file| !file.exists()) {
+        File::create_new(file).with_context(|| format!("cannot make {}", file.display()))?;
+    }
     if what.starts_with("cold-") {
         drop_caches()?;
     }
