@@ -16,7 +16,7 @@
 
 use crate::aim::{self, RING_ROOM, RINGS, TABLE};
 use crate::cpu;
-use crate::devices::Kind;
+use crate::devices::{Kind, Opening};
 use crate::memory;
 use crate::mmio::{
     ACKNOWLEDGE, CONFIGURATION, DRIVER, DRIVER_OK, Device, FEATURES_OK, INTERRUPT_ACKNOWLEDGE, NEEDS_RESET,
@@ -141,7 +141,26 @@ impl Case<'_> {
         if !self.random.one_in(16) {
             self.device.write(STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
         }
+        if let Some(opening) = &self.kind.opening
+            && !self.random.one_in(4)
+        {
+            self.open(opening, &mut rings[opening.queue]);
+        }
         rings
+    }
+
+    /// Begins as a driver does that keeps to the rules, so that what comes next is looked at.
+    fn open(&mut self, opening: &Opening, ring: &mut Ring) {
+        let mut reply = aim::BUFFERS;
+        for number in 0..opening.count {
+            let mut request = Request::new(self.random, self.kind.longest);
+            (opening.compose)(&mut request, number, reply);
+            reply = request.parts().last().map_or(reply, |part| part.address);
+            let head = ring.write_chain(request.parts());
+            ring.publish(head);
+            self.device.notify(opening.queue as u32);
+            self.settle(ring);
+        }
     }
 
     /// Places a queue somewhere.
@@ -174,29 +193,31 @@ impl Case<'_> {
         ring
     }
 
-    /// Sends requests, most of them spoilt.
+    /// Sends requests, most of them spoilt. A device that has a session shows what it makes of requests only as long as their
+    /// chains are in order, so that most of its are.
     fn request(&mut self, index: u32, ring: &mut Ring) {
+        let orderly = self.kind.opening.is_some() && !self.random.one_in(4);
         let count = self.random.pick(&[1, 1, 2, 4, 16]);
         for _ in 0..count {
             let mut request = Request::new(self.random, self.kind.longest);
-            if request.random.one_in(8) {
+            if !orderly && request.random.one_in(8) {
                 request.nonsense();
             } else {
                 (self.kind.compose)(&mut request, index);
             }
-            for _ in 0..request.random.pick(&[0, 0, 0, 0, 0, 1, 1, 2]) {
-                request.spoil();
-            }
-            if request.random.one_in(4) {
+            let spoilt = if orderly { 0 } else { request.random.pick(&[0, 0, 0, 0, 0, 1, 1, 2]) };
+            (0..spoilt).for_each(|_| request.spoil());
+            if !orderly && request.random.one_in(4) {
                 request.indirect(RINGS + RING_ROOM * u64::from(index) + TABLE);
             }
             let head = ring.write_chain(request.parts());
             ring.stage(match self.random.below(24) {
+                _ if orderly => head,
                 0 => ring.size,
                 1 => self.random.half(),
                 _ => head,
             });
-            if self.random.one_in(12) {
+            if !orderly && self.random.one_in(12) {
                 // Once more, as many times as there is room.
                 (0..self.random.below(u64::from(ring.size))).for_each(|_| ring.stage(head));
             }

@@ -27,6 +27,8 @@ pub type Fault = &'static str;
 pub struct Driver {
     device: Device,
     rings: [Ring; QUEUES],
+    /// How many chains of each queue were used.
+    used: [u16; QUEUES],
     buffers: u64,
 }
 
@@ -51,7 +53,7 @@ impl Driver {
         if device.read(STATUS) != ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK {
             return Err("it does not start");
         }
-        Ok(Self { device, rings, buffers: 0 })
+        Ok(Self { device, rings, used: [0; QUEUES], buffers: 0 })
     }
 
     /// A buffer of at most 64 KiB that begins with these bytes, for the device to read.
@@ -86,20 +88,21 @@ impl Driver {
     /// # Errors
     /// It is not used, or not as the only one.
     pub fn wait(&mut self, queue: usize) -> Result<u32, Fault> {
-        let ring = &self.rings[queue];
+        let (ring, before) = (&self.rings[queue], self.used[queue]);
         let began = cpu::cycles();
-        while ring.used() == 0 {
+        while ring.used() == before {
             if cpu::cycles().wrapping_sub(began) > PATIENCE {
                 return Err("it does not answer");
             }
             core::hint::spin_loop();
         }
-        if ring.used() != 1 {
+        if ring.used() != before.wrapping_add(1) {
             return Err("it answers more than was asked");
         }
         let reasons = self.device.read(INTERRUPT_STATUS);
         self.device.write(INTERRUPT_ACKNOWLEDGE, reasons);
-        Ok(ring.used_length(0))
+        self.used[queue] = before.wrapping_add(1);
+        Ok(ring.used_length(before))
     }
 
     /// Sends a request on a queue and waits for its answer.

@@ -4,8 +4,10 @@
 //! The guest is the kernel in `tests/hostile-guest`, which says itself what it found to be wrong.
 //! `COFFERDAM_HOSTILE_CASES` says how many cases of each seed there are; without it there are a few thousand.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::{Read as _, Write as _};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -31,6 +33,12 @@ const DRIVE: usize = 8;
 const PMEM: usize = 2;
 /// What the monitor may take for itself, in MiB.
 const OWN: u64 = 16;
+/// What the guest may add to a directory: bytes, and inodes.
+const QUOTA: (u64, u64) = (4 << 20, 200);
+/// Whom the directory belongs to that it may write to; what it finds there is somebody else's.
+const OWNER: u32 = 1000;
+/// The file that it asks for in each directory, and how long it is (`KNOWN` in `tests/hostile-guest/src/devices/files.rs`).
+const KNOWN: (&str, usize) = ("known", 4096);
 /// The host's ports that somebody listens at, from 1 on.
 const PORTS: u32 = 16;
 
@@ -68,6 +76,9 @@ impl<'a> Bystander<'a> {
 struct Files {
     read_only: [PathBuf; 2],
     writable: [PathBuf; 2],
+    /// Directories, of which the first is read-only, with a secret beside them.
+    exports: [PathBuf; 2],
+    secret: PathBuf,
 }
 
 /// What is in the first `length` bytes of each of them.
@@ -85,7 +96,20 @@ impl Files {
         // A file that does not fill its last page.
         let read_only = [make("read-only.img", DRIVE << 20), make("read-only.pmem", (PMEM << 20) - 1000)];
         let writable = [make("writable.img", DRIVE << 20), make("writable.pmem", PMEM << 20)];
-        Self { read_only, writable }
+        let exports = ["read-only", "writable"].map(|name| folder.join(name));
+        for export in &exports {
+            fs::create_dir(export).unwrap();
+            let known = export.join(KNOWN.0);
+            fs::write(&known, pattern(KNOWN.1)).unwrap();
+            fs::set_permissions(&known, fs::Permissions::from_mode(0o444)).unwrap();
+            // Names that it tries.
+            fs::create_dir(export.join("d")).unwrap();
+            symlink("../secret", export.join("e")).unwrap();
+        }
+        chown(&exports[1], Some(OWNER), Some(OWNER)).unwrap();
+        let secret = folder.join("secret");
+        fs::write(&secret, "secret").unwrap();
+        Self { read_only, writable, exports, secret }
     }
 
     /// What is read-only holds what it did, and the rest is as long as it was.
@@ -96,7 +120,42 @@ impl Files {
         }
         let lengths = self.writable.each_ref().map(|path| fs::metadata(path).unwrap().len());
         assert_eq!(lengths, [(DRIVE as u64) << 20, (PMEM as u64) << 20], "seed {seed}");
+        self.check_exports(seed);
     }
+
+    /// What is shown is there as it was, and no more was added than may be.
+    fn check_exports(&self, seed: u64) {
+        for export in &self.exports {
+            let known = export.join(KNOWN.0);
+            assert!(fs::read(&known).unwrap() == pattern(KNOWN.1), "seed {seed}: {} has changed", known.display());
+            let stat = fs::metadata(&known).unwrap();
+            assert_eq!((stat.uid(), stat.mode() & 0o7777), (0, 0o444), "seed {seed}: {}", known.display());
+        }
+        let mut names: Vec<_> =
+            fs::read_dir(&self.exports[0]).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, ["d", "e", KNOWN.0], "seed {seed}: the read-only directory has changed");
+        assert_eq!(fs::read_dir(self.exports[0].join("d")).unwrap().count(), 0, "seed {seed}");
+        assert_eq!(fs::read(&self.secret).unwrap(), b"secret", "seed {seed}: the secret has changed");
+        // What it found there is not counted.
+        let inodes = taken(&self.exports[1]);
+        let (count, bytes) = (inodes.len() as u64, inodes.values().sum::<u64>());
+        assert!(count <= QUOTA.1 + 3 && bytes <= QUOTA.0 + (16 << 10), "seed {seed}: {count} inodes, {bytes} bytes");
+    }
+}
+
+/// What is in a directory and below it: how many bytes each inode takes, as far as quotas count.
+fn taken(directory: &Path) -> HashMap<u64, u64> {
+    let mut inodes = HashMap::new();
+    for entry in fs::read_dir(directory).unwrap().map(|entry| entry.unwrap()) {
+        let stat = entry.metadata().unwrap();
+        if stat.is_dir() {
+            inodes.extend(taken(&entry.path()));
+        }
+        let bytes = if stat.is_file() { (stat.blocks() * 512).min(stat.size().next_multiple_of(4096)) } else { 0 };
+        inodes.insert(stat.ino(), bytes);
+    }
+    inodes
 }
 
 /// Listens at a socket, and gives everybody who connects what they send.
@@ -139,7 +198,8 @@ impl Attack {
             std::env::var_os(tests::HOSTILE_GUEST_VARIABLE).expect("`cargo xtask e2e` names the hostile guest");
         let socket = self.sandbox.files().join("echo");
         echo(&socket);
-        let Files { read_only: [disk, memory], writable: [own_disk, own_memory] } = &self.files;
+        let Files { read_only: [disk, memory], writable: [own_disk, own_memory], exports, .. } = &self.files;
+        let (bytes, inodes) = QUOTA;
         let ports: Vec<_> = (1..=PORTS).map(|port| json!({"port": port, "socket": {"path": socket}})).collect();
         let (process, thread) = (std::process::id(), nix::unistd::gettid());
         let document = json!({
@@ -150,6 +210,10 @@ impl Attack {
                 "command_line": format!("hostile.seed={} hostile.cases={}", self.seed, cases()),
                 "drives": [{"file": {"path": disk}, "read_only": true}, {"file": {"path": own_disk}}],
                 "pmem": [{"file": {"path": memory}, "read_only": true}, {"file": {"path": own_memory}}],
+                "filesystems": [
+                    {"tag": "read-only", "path": exports[0], "read_only": true, "noexec": true},
+                    {"tag": "writable", "path": exports[1], "xattrs": true, "quota": {"bytes": bytes, "inodes": inodes}},
+                ],
                 "networks": [{"tap": {"name": "tap0"}, "mac": "02:00:00:00:00:02", "queue_pairs": 2}],
                 "vsock": ports,
                 "balloon": true,

@@ -19,31 +19,52 @@ pub struct Kind {
     pub name: &'static str,
     /// The longest buffer in memory that it is given by chance: what it makes of one may cost others time.
     pub longest: u32,
+    /// What its driver begins with, if the device serves nothing without that.
+    pub opening: Option<Opening>,
     /// Makes a request for a queue that a driver could send, with numbers that none would.
     pub compose: fn(&mut Request<'_>, u32),
     /// Has the device serve a request, with a driver that keeps to the rules.
     pub ask: fn(Device) -> Result<(), Fault>,
 }
 
+/// Requests in order, before which a device serves nothing else.
+pub struct Opening {
+    /// The queue for them.
+    pub queue: usize,
+    /// How many there are.
+    pub count: u32,
+    /// Makes the request of this number. The reply to the one before it, if it was answered, is at this address.
+    pub compose: fn(&mut Request<'_>, u32, u64),
+}
+
 const MOST: u32 = 4 << 20;
 
 /// All kinds that are known.
 pub const KINDS: [Kind; 9] = [
-    Kind { id: 1, name: "network", longest: MOST, compose: network::frame, ask: network::ask_frame },
-    Kind { id: 2, name: "block", longest: MOST, compose: storage::block, ask: storage::ask_block },
+    known(1, "network", network::frame, network::ask_frame),
+    known(2, "block", storage::block, storage::ask_block),
     // What is printed costs whoever listens.
-    Kind { id: 3, name: "console", longest: 256, compose: plain::console, ask: plain::ask_console },
-    Kind { id: 4, name: "entropy", longest: MOST, compose: plain::entropy, ask: plain::ask_entropy },
-    Kind { id: 5, name: "balloon", longest: MOST, compose: memory::balloon, ask: memory::ask_balloon },
-    Kind { id: 19, name: "vsock", longest: MOST, compose: network::packet, ask: network::ask_packet },
-    Kind { id: 24, name: "memory", longest: MOST, compose: memory::plug, ask: memory::ask_plug },
-    Kind { id: 26, name: "file system", longest: MOST, compose: files::fuse, ask: ask_nothing },
-    Kind { id: 27, name: "pmem", longest: MOST, compose: storage::pmem, ask: storage::ask_pmem },
+    Kind { longest: 256, ..known(3, "console", plain::console, plain::ask_console) },
+    known(4, "entropy", plain::entropy, plain::ask_entropy),
+    known(5, "balloon", memory::balloon, memory::ask_balloon),
+    known(19, "vsock", network::packet, network::ask_packet),
+    known(24, "memory", memory::plug, memory::ask_plug),
+    Kind { opening: Some(files::OPENING), ..known(26, "file system", files::fuse, files::ask_file) },
+    known(27, "pmem", storage::pmem, storage::ask_pmem),
 ];
 
+/// A kind that is as most are.
+const fn known(
+    id: u32,
+    name: &'static str,
+    compose: fn(&mut Request<'_>, u32),
+    ask: fn(Device) -> Result<(), Fault>,
+) -> Kind {
+    Kind { id, name, longest: MOST, opening: None, compose, ask }
+}
+
 /// A device of which nothing is known but what all have in common.
-pub const UNKNOWN: Kind =
-    Kind { id: 0, name: "unknown", longest: MOST, compose: |request, _| request.nonsense(), ask: ask_nothing };
+pub const UNKNOWN: Kind = known(0, "unknown", |request, _| request.nonsense(), ask_nothing);
 
 /// What is known of a device's kind.
 #[must_use]
