@@ -270,7 +270,7 @@ fn a_guest_that_attacks_every_device_harms_only_itself() {
         let faults: Vec<_> = lines().filter(|line| line.contains("FAULT")).collect();
         assert!(faults.is_empty(), "{faults:#?}");
         let expected = format!("hostile: {0} cases, {0} survived, ", cases());
-        assert!(last.starts_with(&expected), "seed {seed}: {last}");
+        assert!(last.starts_with(&expected), "seed {seed}: the guest shut down before its end: {last}");
         eprintln!("seed {seed}: {last}; the monitor had {peak} KiB");
         let bound = MEMORY_MAX + 2 * PMEM as u64 + OWN;
         assert!(peak > 0 && peak < bound << 10, "seed {seed}: the monitor had {peak} KiB, not below {bound} MiB");

@@ -16,7 +16,8 @@ printf '127.0.1.1 lab\n' >>/etc/hosts
 lab ifconfig lo up
 /sbin/modprobe kvm-amd || echo "lab: cannot load kvm-amd" >&2
 lab chmod 666 /dev/kvm
-for controller in cpuset cpu io memory hugetlb pids misc; do
+# Without cpuset: a process that is moved into a group of it gets all of the group's CPUs, the first one as well (see below).
+for controller in cpu io memory hugetlb pids misc; do
   echo "+$controller" >/sys/fs/cgroup/cgroup.subtree_control
 done 2>/dev/null
 
