@@ -82,10 +82,17 @@ fn idle_figures_of(mut driver: Driver, queue: u16, drive: impl FnOnce(&mut Drive
     metrics.into_iter().filter(|(_, value)| *value == 0).map(|(name, _)| name).collect()
 }
 
-/// In processes of their own: a thread's filter cannot be taken off, and what is not allowed kills.
+/// Runs a test of this module in a process of its own: a thread's filter cannot be taken off, and what is not allowed kills.
+fn confined(test: &str) {
+    let program = std::env::current_exe().unwrap();
+    let output =
+        Command::new(program).args(["--exact", &format!("tests::{test}")]).env(CONFINED, "1").output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(CONFINED_CODE), "{test}: {} {text}", output.status);
+}
+
 #[test]
 fn devices_do_nothing_that_is_not_allowed_to_their_threads() {
-    let program = std::env::current_exe().unwrap();
     for device in [
         "the_entropy_device",
         "the_console",
@@ -96,10 +103,7 @@ fn devices_do_nothing_that_is_not_allowed_to_their_threads() {
         "a_file_system_device",
         "a_file_system_device_that_is_read_only",
     ] {
-        let test = format!("tests::every_figure_of_{device}_counts");
-        let output = Command::new(&program).args(["--exact", &test]).env(CONFINED, "1").output().unwrap();
-        let text = String::from_utf8_lossy(&output.stdout);
-        assert_eq!(output.status.code(), Some(CONFINED_CODE), "{device}: {} {text}", output.status);
+        confined(&format!("every_figure_of_{device}_counts"));
     }
 }
 
@@ -107,12 +111,7 @@ fn devices_do_nothing_that_is_not_allowed_to_their_threads() {
 #[test]
 fn connections_are_let_go_of_with_what_is_allowed_to_a_vcpu() {
     if std::env::var_os(CONFINED).is_none() {
-        let test = "tests::connections_are_let_go_of_with_what_is_allowed_to_a_vcpu";
-        let program = std::env::current_exe().unwrap();
-        let output = Command::new(&program).args(["--exact", test]).env(CONFINED, "1").output().unwrap();
-        let text = String::from_utf8_lossy(&output.stdout);
-        assert_eq!(output.status.code(), Some(CONFINED_CODE), "{} {text}", output.status);
-        return;
+        return confined("connections_are_let_go_of_with_what_is_allowed_to_a_vcpu");
     }
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");
@@ -135,12 +134,7 @@ fn connections_are_let_go_of_with_what_is_allowed_to_a_vcpu() {
 #[test]
 fn files_are_let_go_of_with_what_is_allowed_to_a_vcpu_and_later() {
     if std::env::var_os(CONFINED).is_none() {
-        let test = "tests::files_are_let_go_of_with_what_is_allowed_to_a_vcpu_and_later";
-        let program = std::env::current_exe().unwrap();
-        let output = Command::new(&program).args(["--exact", test]).env(CONFINED, "1").output().unwrap();
-        let text = String::from_utf8_lossy(&output.stdout);
-        assert_eq!(output.status.code(), Some(CONFINED_CODE), "{} {text}", output.status);
-        return;
+        return confined("files_are_let_go_of_with_what_is_allowed_to_a_vcpu_and_later");
     }
     let folder = tempfile::tempdir().unwrap();
     let mut driver = Driver::new(shared(&folder, false)).start();

@@ -32,6 +32,17 @@ fn device(folder: &TempDir, limiter: Option<Limiter>) -> Box<Fs> {
 }
 
 impl Fixture {
+    /// Has the guest wait for a lock of `file`, which is held by the result.
+    fn wait_for_a_lock(&mut self, node: u64, fh: u64) -> fs::File {
+        let file = fs::File::open(self.folder.path().join("file")).unwrap();
+        file.lock().unwrap();
+        let lk = abi::fuse_file_lock { start: 0, end: i64::MAX as u64, type_: 1, pid: 0 };
+        let wait = abi::fuse_lk_in { fh, owner: 1, lk, lk_flags: abi::FUSE_LK_FLOCK, padding: 0 };
+        self.offer(REQUESTS, fuse_opcode::FUSE_SETLKW, node, wait.as_bytes(), &[40], 16);
+        self.driver.device.dispatch(Event::Queue(1));
+        file
+    }
+
     fn new(limiter: Option<Limiter>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("file"), "0123456789").unwrap();
@@ -148,12 +159,7 @@ fn the_high_priority_queue_takes_requests_without_a_reply() {
 fn a_request_that_waits_for_a_lock_is_returned_when_the_event_loop_hears_of_it() {
     let mut fixture = Fixture::new(None);
     let (node, fh) = fixture.open("file");
-    let file = fs::File::open(fixture.folder.path().join("file")).unwrap();
-    file.lock().unwrap();
-    let lk = abi::fuse_file_lock { start: 0, end: i64::MAX as u64, type_: 1, pid: 0 };
-    let wait = abi::fuse_lk_in { fh, owner: 1, lk, lk_flags: abi::FUSE_LK_FLOCK, padding: 0 };
-    fixture.offer(REQUESTS, fuse_opcode::FUSE_SETLKW, node, wait.as_bytes(), &[40], 16);
-    fixture.driver.device.dispatch(Event::Queue(1));
+    let file = fixture.wait_for_a_lock(node, fh);
     assert_eq!((fixture.driver.used(REQUESTS), fixture.metric("lock_waits")), (None, 1));
     // Meanwhile others are served.
     fixture.open("file");
@@ -179,12 +185,7 @@ fn a_request_that_waits_for_a_lock_is_returned_when_the_event_loop_hears_of_it()
 fn a_reset_forgets_what_waits() {
     let mut fixture = Fixture::new(None);
     let (node, fh) = fixture.open("file");
-    let file = fs::File::open(fixture.folder.path().join("file")).unwrap();
-    file.lock().unwrap();
-    let lk = abi::fuse_file_lock { start: 0, end: i64::MAX as u64, type_: 1, pid: 0 };
-    let wait = abi::fuse_lk_in { fh, owner: 1, lk, lk_flags: abi::FUSE_LK_FLOCK, padding: 0 };
-    fixture.offer(REQUESTS, fuse_opcode::FUSE_SETLKW, node, wait.as_bytes(), &[40], 16);
-    fixture.driver.device.dispatch(Event::Queue(1));
+    let _file = fixture.wait_for_a_lock(node, fh);
     fixture.driver.write(0x70, 0);
     assert_eq!((fixture.metric("inodes"), fixture.metric("handles")), (0, 0));
 }

@@ -18,12 +18,14 @@ mod stage;
 mod start;
 
 use std::ffi::OsString;
+use std::fmt::Display;
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
+use serde::de::DeserializeOwned;
 
 pub use io::{MeasureIoArgs, measure as measure_io};
 pub use measure::{MeasureArgs, measure};
@@ -101,17 +103,18 @@ fn bench_start(args: StartArgs) -> Result<ExitCode> {
             return Ok(code);
         }
     }
-    let result = out.path().join(RESULT);
-    let file = File::open(&result).context("the measurement left no result")?;
-    let report: Report = serde_json::from_reader(file).context("the result does not decode")?;
-    print!("{report}");
-    if let Some(path) = args.json {
-        fs::copy(&result, &path).with_context(|| format!("cannot write {}", path.display()))?;
-        eprintln!("bench: the figures of every run are in {}", path.display());
-    } else {
-        let kept = paths::target().join(RESULT);
-        fs::copy(&result, &kept).with_context(|| format!("cannot write {}", kept.display()))?;
-        eprintln!("bench: the figures of every run are in {}", kept.display());
-    }
+    show::<Report>(out.path(), RESULT, args.json)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Prints what a measurement left in its folder, and keeps it where asked, or else in the target folder.
+fn show<R: DeserializeOwned + Display>(out: &Path, name: &str, kept: Option<PathBuf>) -> Result<()> {
+    let result = out.join(name);
+    let file = File::open(&result).context("the measurement left no result")?;
+    let report: R = serde_json::from_reader(file).context("the result does not decode")?;
+    print!("{report}");
+    let kept = kept.unwrap_or_else(|| paths::target().join(name));
+    fs::copy(&result, &kept).with_context(|| format!("cannot write {}", kept.display()))?;
+    eprintln!("bench: the figures of every run are in {}", kept.display());
+    Ok(())
 }

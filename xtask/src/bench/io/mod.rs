@@ -12,7 +12,6 @@ mod stage;
 mod tasks;
 
 use std::ffi::OsString;
-use std::fs::{self, File};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -24,7 +23,6 @@ pub use run::{MeasureIoArgs, measure};
 use report::Report;
 
 use crate::lab::{self, LabArgs};
-use crate::paths;
 
 /// How long the lab may take for each round of runs, and for everything around them, in seconds.
 const LAB_SECONDS: [u32; 2] = [400, 300];
@@ -74,12 +72,6 @@ pub fn bench(args: IoArgs) -> Result<ExitCode> {
     if code != ExitCode::SUCCESS {
         return Ok(code);
     }
-    let result = out.path().join(RESULT);
-    let file = File::open(&result).context("the measurement left no result")?;
-    let report: Report = serde_json::from_reader(file).context("the result does not decode")?;
-    print!("{report}");
-    let kept = args.json.unwrap_or_else(|| paths::target().join(RESULT));
-    fs::copy(&result, &kept).with_context(|| format!("cannot write {}", kept.display()))?;
-    eprintln!("bench: the figures of every run are in {}", kept.display());
+    super::show::<Report>(out.path(), RESULT, args.json)?;
     Ok(ExitCode::SUCCESS)
 }
