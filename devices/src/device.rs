@@ -43,6 +43,17 @@ pub enum Event {
     Backend(usize),
 }
 
+/// The event loop that a device is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Loop {
+    /// The one of all devices that never wait.
+    Shared,
+    /// One of its own: it may wait for a disk. When the guest has ended it is flushed, as those of the shared one are.
+    Disk,
+    /// One of its own: it may wait for files of the host for as long as these like, and nobody waits for it.
+    Files,
+}
+
 /// A descriptor that a device hears of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Watch {
@@ -144,10 +155,9 @@ pub trait VirtioDevice: Send {
         Vec::new()
     }
 
-    /// Whether the device may wait for what is behind it, for as long as that likes: it is then in an event loop of its own, on
-    /// a thread that holds up nobody else, and not flushed.
-    fn may_wait(&self) -> bool {
-        false
+    /// The event loop that it is to be in; asked once, when it has been made.
+    fn event_loop(&self) -> Loop {
+        Loop::Shared
     }
 
     /// What the device has counted since it was made, by name: `snake_case`, with the unit last (`read_bytes`). The

@@ -23,7 +23,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::QueueT;
 
 use crate::GuestMemory;
-use crate::device::{Broken, Event, Resources, Trigger, VirtioDevice};
+use crate::device::{Broken, Event, Loop, Resources, Trigger, VirtioDevice};
 use crate::queue::{Interrupt, VirtQueue};
 use crate::state::{self, DeviceState, StateError, impossible};
 
@@ -125,9 +125,9 @@ impl MmioDevice {
         }
     }
 
-    /// Whether the device may wait (see [`VirtioDevice::may_wait`]).
-    pub fn may_wait(&self) -> bool {
-        self.device.may_wait()
+    /// The event loop that it is to be in (see [`VirtioDevice::event_loop`]).
+    pub fn event_loop(&self) -> Loop {
+        self.device.event_loop()
     }
 
     /// What the device and its transport have counted, by name.

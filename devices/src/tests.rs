@@ -21,7 +21,7 @@ use crate::balloon::Balloon;
 use crate::balloon::host::HostBalloon;
 use crate::blk::{Blk, Options};
 use crate::console::{Console, ConsoleOutput};
-use crate::device::{Event, VirtioDevice};
+use crate::device::{Event, Loop, VirtioDevice};
 use crate::fs::Fs;
 use crate::limit::{Limiter, Rate};
 use crate::mem::Mem;
@@ -61,7 +61,11 @@ fn idle_figures(device: Box<dyn VirtioDevice>, queue: u16, drive: impl FnOnce(&m
 
 fn idle_figures_of(mut driver: Driver, queue: u16, drive: impl FnOnce(&mut Driver)) -> BTreeSet<&'static str> {
     if std::env::var_os(CONFINED).is_some() {
-        let kind = if driver.device.may_wait() { jailer::Thread::Fs } else { jailer::Thread::EventLoop };
+        let kind = match driver.device.event_loop() {
+            Loop::Shared => jailer::Thread::EventLoop,
+            Loop::Disk => jailer::Thread::Disk,
+            Loop::Files => jailer::Thread::Fs,
+        };
         jailer::thread(kind).unwrap();
     }
     drive(&mut driver);

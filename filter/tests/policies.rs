@@ -50,7 +50,7 @@ fn threads_die_of_the_calls_that_they_died_of() {
         assert!(walk(&after) * 4 < walk(&before), "{name}");
         names.push(name);
     }
-    assert_eq!(names, ["api", "event_loop", "fs", "vcpu"]);
+    assert_eq!(names, ["api", "disk", "event_loop", "fs", "vcpu"]);
 }
 
 #[test]

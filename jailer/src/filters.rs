@@ -9,12 +9,14 @@ include!(concat!(env!("OUT_DIR"), "/monitor.rs"));
 /// The kinds of thread in a monitor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Thread {
-    /// Runs the event loop and all devices.
+    /// Runs the event loop, and all devices that have none of their own.
     EventLoop,
     /// Runs guest code.
     Vcpu,
     /// Serves the API, talks to the agent and moves the container's streams.
     Api,
+    /// Reads and writes a disk of the guest's.
+    Disk,
     /// Serves a directory or a file of the host to the guest.
     Fs,
 }
@@ -29,6 +31,7 @@ pub fn thread(kind: Thread) -> Result<(), JailError> {
         Thread::EventLoop => EVENT_LOOP,
         Thread::Vcpu => VCPU,
         Thread::Api => API,
+        Thread::Disk => DISK,
         Thread::Fs => FS,
     };
     apply_filter(filter).map_err(|source| JailError::Filter { kind, source })

@@ -12,13 +12,12 @@ use std::thread;
 
 use api::config::FilesystemConfig;
 use devices::mmio::MmioDevice;
-use event_manager::{EventManager, MutEventSubscriber, SubscriberOps as _};
 use fuse::{Export, ExportError, Ownership};
 use rustix::io::Errno;
 use thiserror::Error;
 
 use crate::attach::filesystem;
-use crate::monitor::{MonitorError, confine, fail};
+use crate::own_loop;
 
 /// Why files cannot be served.
 #[derive(Debug, Error)]
@@ -134,19 +133,8 @@ impl FileThread {
 /// The thread of a file system device, until the process is over.
 fn run(devices: &Receiver<Arc<Mutex<MmioDevice>>>) {
     // There is none when the VM was not built.
-    let Ok(device) = devices.recv() else { return };
-    let mut events = match EventManager::new() {
-        Ok(events) => events,
-        Err(error) => fail(&MonitorError::EventLoop(error)),
-    };
-    events.add_subscriber(device as Arc<Mutex<dyn MutEventSubscriber>>);
-    confine(jailer::Thread::Fs);
-    loop {
-        match events.run() {
-            Ok(_) => {}
-            Err(event_manager::Error::Epoll(error)) if error.errno() == libc::EINTR => {}
-            Err(error) => fail(&MonitorError::EventLoop(error)),
-        }
+    if let Ok(device) = devices.recv() {
+        own_loop::run(device, jailer::Thread::Fs);
     }
 }
 

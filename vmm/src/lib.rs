@@ -14,12 +14,14 @@
 //! - [`vcpu`]: one thread a vCPU: run, handle the exit, run.
 //! - [`pause`]: stopping vCPUs where they are.
 //! - [`monitor`]: the event loop, the API's thread, and how both end.
+//! - `own_loop`: event loops of devices that may wait, each on a thread of its own.
 //! - [`restart`]: the process above, where a policy asks for one.
 //! - [`probe`]: whether this host's KVM can run guests.
 //!
 //! # Threads
-//! `main` runs the event loop and all devices but those that serve files, which are each on a `files N`; `vcpu N` runs guest code and handles register accesses; `api` serves the
-//! API, talks to the agent and moves the streams of containers (crate `api`). `populate` is over before the guest runs.
+//! `main` runs the event loop and all devices that never wait; those that can be written to are each on a `disk N`, and those
+//! that serve files on a `files N`. `vcpu N` runs guest code and handles register accesses; `api` serves the API, talks to the
+//! agent and moves the streams of containers (crate `api`). `populate` is over before the guest runs.
 
 mod attach;
 pub mod boot;
@@ -30,6 +32,7 @@ pub mod layout;
 pub mod machine;
 pub mod memory;
 pub mod monitor;
+mod own_loop;
 pub mod pause;
 pub mod populate;
 pub mod probe;

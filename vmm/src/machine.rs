@@ -8,11 +8,12 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use api::config::VmConfig;
 use devices::GuestMemory;
 use devices::console::ConsoleOutput;
+use devices::device::Loop;
 use devices::mmio::MmioDevice;
 use devices::serial::Serial;
 use fuse::Export;
@@ -96,8 +97,8 @@ pub struct Machine {
     pub vcpus: Vec<VcpuFd>,
     /// What their exits are for.
     pub bus: Bus,
-    /// Those of its devices that may wait, each to be in an event loop of its own.
-    pub separate: Vec<Arc<Mutex<MmioDevice>>>,
+    /// The event loop of each of the bus's devices.
+    loops: Vec<Loop>,
     /// What the guest prints.
     pub console: ConsoleOutput,
     /// What can be done with its memory.
@@ -136,13 +137,13 @@ pub fn build(
 
     let console = ConsoleOutput::new(echo_console);
     let devices = attach::devices(config, &vm, memory, Opened { drives, taps, exports, ports, socket }, &console)?;
-    let may_wait = |device: &&Arc<Mutex<MmioDevice>>| device.lock().unwrap_or_else(PoisonError::into_inner).may_wait();
-    let separate = devices.iter().filter(may_wait).cloned().collect();
+    let event_loop = |device: &Arc<Mutex<MmioDevice>>| lock(device).event_loop();
+    let loops = devices.iter().map(event_loop).collect();
     let serial = config.serial.then(|| Arc::new(Mutex::new(Serial::new(console.clone()))));
     describe(config, &guest, devices.len(), initramfs)?;
     let vcpus = add_vcpus(&kvm_device, &vm, &guest, config.vcpus, kernel.entry)?;
     populating.finish();
-    Ok(Machine { vcpus, bus: Bus::new(devices, serial), separate, console, memory: controls, vm })
+    Ok(Machine { vcpus, bus: Bus::new(devices, serial), loops, console, memory: controls, vm })
 }
 
 fn add_memory(vm: &VmFd, memory: &Arranged) -> Result<(), MachineError> {
@@ -244,18 +245,22 @@ fn add_vcpus(device: &Kvm, vm: &VmFd, guest: &GuestMemory, count: u8, entry: u64
 }
 
 impl Machine {
-    /// Its devices that never wait, for the one event loop.
-    pub fn together(&self) -> impl Iterator<Item = &Arc<Mutex<MmioDevice>>> {
-        let is_separate = |device: &Arc<_>| self.separate.iter().any(|separate| Arc::ptr_eq(separate, device));
-        self.bus.devices.iter().filter(move |device| !is_separate(device))
+    /// Its devices in event loops of this kind.
+    pub fn devices_in(&self, wanted: Loop) -> impl Iterator<Item = &Arc<Mutex<MmioDevice>>> {
+        let all = self.bus.devices.iter().zip(&self.loops);
+        all.filter(move |(_, event_loop)| **event_loop == wanted).map(|(device, _)| device)
     }
 
-    /// Delivers what the guest handed over before it ended, waiting for slow receivers.
+    /// Delivers what the guest handed over before it ended, waiting for slow receivers and for disks.
     pub fn flush(&self) {
-        for device in self.together() {
-            device.lock().unwrap_or_else(PoisonError::into_inner).flush();
+        for device in self.devices_in(Loop::Shared).chain(self.devices_in(Loop::Disk)) {
+            lock(device).flush();
         }
     }
+}
+
+fn lock(device: &Mutex<MmioDevice>) -> MutexGuard<'_, MmioDevice> {
+    device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

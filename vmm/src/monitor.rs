@@ -18,6 +18,7 @@ use api::folder::Folder;
 use api::model::{Balloon, Device, VmBoot};
 use api::server::{self, DeviceFigures, Outcome, Plugged, Setup};
 use api::session::{chain, now};
+use devices::device::Loop;
 use devices::vsock::ports::HostPorts;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use jailer::{Entered, Jail, JailError, Tree};
@@ -28,6 +29,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::attach::memory::Controls;
 use crate::files::{self, FilesError, Served, Taken};
 use crate::machine::{self, Machine, MachineError};
+use crate::own_loop;
 use crate::pause::Threads;
 use crate::resources::{ResourceError, Resources};
 use crate::vcpu::{self, Bus, GuestEnd};
@@ -146,7 +148,7 @@ fn limits(vm: &VmConfig, resources: &Resources) -> Result<jailer::Limits, Resour
     let limits = jailer::Limits::new(vm.vcpus, resources.mapped_mib(vm)?, resources.largest_drive(vm)?);
     let descriptors = vm.filesystems.iter().map(FilesystemConfig::descriptors).sum();
     let written = vm.filesystems.iter().any(|filesystem| !filesystem.read_only);
-    Ok(limits.serving(vm.file_threads().into(), descriptors, written))
+    Ok(limits.serving(vm.device_threads().into(), descriptors, written))
 }
 
 /// Runs a VM to its end, and serves its API at `listener`.
@@ -164,8 +166,11 @@ pub fn run(
     let served = config.container.is_some() || listener.is_some();
     let (exports, threads): (Vec<_>, Vec<_>) = files.into_iter().map(|files| (files.export, files.thread)).unzip();
     let mut machine = machine::build(&config.vm, resources, exports, !served)?;
-    for (thread, device) in threads.into_iter().zip(&machine.separate) {
+    for (thread, device) in threads.into_iter().zip(machine.devices_in(Loop::Files)) {
         thread.serve(Arc::clone(device));
+    }
+    for (index, device) in machine.devices_in(Loop::Disk).enumerate() {
+        own_loop::start_disk(index, device).map_err(system("start a disk's thread"))?;
     }
     let boot = VmBoot { monitor_started_ns: started, vm_created_ns: now(), ..VmBoot::default() };
     let event = EventFd::new(EFD_NONBLOCK).map_err(system("make an eventfd"))?;
@@ -287,7 +292,7 @@ type Subscriber = Arc<Mutex<dyn MutEventSubscriber>>;
 
 fn subscribe(machine: &Machine, event: EventFd) -> Result<EventManager<Subscriber>, MonitorError> {
     let mut events = EventManager::new().map_err(MonitorError::EventLoop)?;
-    for device in machine.together() {
+    for device in machine.devices_in(Loop::Shared) {
         let subscriber: Subscriber = Arc::clone(device) as Subscriber;
         events.add_subscriber(subscriber);
     }

@@ -58,7 +58,7 @@ impl JailConfig {
     /// The limits of the cgroup of a machine's monitor.
     pub fn bounds(&self, vm: &VmConfig) -> Bounds {
         let inodes = vm.filesystems.iter().map(FilesystemConfig::inodes).sum();
-        let usual = Bounds::new(vm.vcpus, vm.most_memory_mib()).serving(vm.file_threads(), inodes);
+        let usual = Bounds::new(vm.vcpus, vm.most_memory_mib()).serving(vm.device_threads(), inodes);
         let io = self.io.iter().map(|io| IoBound {
             device: format!("{}:{}", io.major, io.minor),
             read_bps: io.read_bps,
@@ -104,5 +104,17 @@ mod tests {
         };
         let ((threads, memory), (most_threads, most_memory)) = (bounds(0), bounds(FILESYSTEMS_MAX));
         assert_eq!((most_threads - threads, most_memory - memory), (16 * 65, 16 << (17 + 11)));
+    }
+
+    #[test]
+    fn the_jail_has_room_for_the_thread_of_a_drive_that_can_be_written_to() {
+        let threads = |drive: &str| {
+            let vm = format!(r#"{{"kernel":"/k","memory_mib":128,"drives":[{drive}]}}"#);
+            let config = LaunchConfig::parse(format!(r#"{{"vm":{vm}}}"#).as_bytes()).unwrap();
+            config.jail.bounds(&config.vm).threads.unwrap()
+        };
+        let none = threads("");
+        assert_eq!(threads(r#"{"file":{"descriptor":3}}"#), none + 1);
+        assert_eq!(threads(r#"{"file":{"descriptor":3},"read_only":true}"#), none);
     }
 }

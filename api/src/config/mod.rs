@@ -243,9 +243,12 @@ impl VmConfig {
         files.filter_map(file).chain(taps).chain(sockets.filter_map(socket)).collect()
     }
 
-    /// How many threads serve files, or wait for locks of files.
-    pub fn file_threads(&self) -> u32 {
-        u32::try_from(self.filesystems.len()).unwrap_or(u32::MAX).saturating_mul(FilesystemConfig::threads())
+    /// How many threads its devices have for themselves: one for each drive that can be written to, and those that serve files
+    /// or wait for locks of files.
+    pub fn device_threads(&self) -> u32 {
+        let disks = self.drives.iter().filter(|drive| !drive.read_only).count();
+        let files = self.filesystems.len().saturating_mul(FilesystemConfig::threads() as usize);
+        u32::try_from(disks.saturating_add(files)).unwrap_or(u32::MAX)
     }
 
     /// How many devices it has: socket, entropy and console besides those that it names.

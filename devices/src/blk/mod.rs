@@ -2,15 +2,20 @@
 //!
 //! Each queue takes requests: a 16-byte header, data, and a status byte that the device writes. Reads, writes, flushes,
 //! discards, zeroing and the serial number are served; everything else is VIRTIO_BLK_S_UNSUPP. Data moves between the file
-//! and guest memory without a copy: what a read finds in the host's page cache comes at once, everything else goes through
-//! a ring ([`crate::ring_io`]), so that the event loop never waits for a disk. Read-only is decided here, by never writing,
-//! whatever the driver negotiated.
+//! and guest memory without a copy: what a read finds in the host's page cache comes at once, and what the page cache takes
+//! is written at once; everything that needs the disk goes through a ring ([`crate::ring_io`]). Read-only is decided here,
+//! by never writing, whatever the driver negotiated.
 //!
 //! # The cache
 //! Writes go to the host's page cache, and a flush brings them to the disk: a write-back cache, as a driver that knows
 //! VIRTIO_BLK_F_FLUSH takes it for. For one that does not accept that feature, each write is complete when it is on the
 //! disk (§5.2.6.2). VIRTIO_BLK_F_CONFIG_WCE, by which a driver switches between the two, is not offered: Linux switches
 //! only when an administrator of the guest says so, and who wants every write on the disk can have it by O_DSYNC.
+//!
+//! The page cache may keep a writer waiting: when more was written than the disk keeps up with, or when part of a page is
+//! written that has to be read first. There is no telling before (few file systems know RWF_NOWAIT for writes, and a ring
+//! hands every write to the others to a thread of the kernel's, which takes longer than the write). A device that can be
+//! written to is therefore in an event loop of its own; one that cannot never waits and is in the shared one.
 //!
 //! # A reset
 //! Operations that the disk has not done when the driver resets the device cannot be taken back. They are still completed,
@@ -33,7 +38,7 @@ use virtio_bindings::virtio_blk::{
 
 use self::request::Limits;
 use self::serve::Pending;
-use crate::device::{Broken, Event, Resources, Trigger, VirtioDevice, Watch, read_config_bytes};
+use crate::device::{Broken, Event, Loop, Resources, Trigger, VirtioDevice, Watch, read_config_bytes};
 use crate::limit::Limiter;
 use crate::queue::QUEUE_SIZE_MAX;
 use crate::ring_io::{DEPTH, RingIo};
@@ -240,6 +245,10 @@ impl VirtioDevice for Blk {
         // An edge: operations of a driver that is gone may end while nobody listens, and must not be told for ever.
         let ring = Watch { descriptor: self.io.descriptor(), trigger: Trigger::Edge };
         [ring].into_iter().chain(self.limiter.iter().map(Limiter::watch)).collect()
+    }
+
+    fn event_loop(&self) -> Loop {
+        if self.limits.read_only { Loop::Shared } else { Loop::Disk }
     }
 
     fn metrics(&self) -> Vec<(&'static str, u64)> {

@@ -206,6 +206,26 @@ fn a_write_reaches_the_file_and_a_flush_succeeds() {
 }
 
 #[test]
+fn what_the_page_cache_takes_is_written_at_once_and_may_hold_up_nobody_else() {
+    for mut disk in Disk::both() {
+        let head = disk.offer(0, VIRTIO_BLK_T_OUT, 2, &[data(DATA, 512)]);
+        disk.driver.device.dispatch(Event::Queue(0));
+        assert_eq!((disk.driver.used(0), disk.driver.device.event_loop()), (Some((head, 1)), Loop::Disk));
+        assert_eq!(disk.changed(), [2]);
+    }
+    assert_eq!(Disk::new(true).driver.device.event_loop(), Loop::Shared);
+}
+
+#[test]
+fn a_write_that_the_file_does_not_take_is_an_error() {
+    let path = tempfile::NamedTempFile::new().unwrap().into_temp_path();
+    std::fs::write(&path, [7; SECTORS as usize * 512]).unwrap();
+    let mut disk = Disk::with(File::open(&path).unwrap(), true, Options::default(), 1 << VIRTIO_BLK_F_FLUSH);
+    assert_eq!(disk.run(VIRTIO_BLK_T_OUT, 0, &[data(DATA, 512)]), (IO_ERROR, 0));
+    assert_eq!((disk.driver.metric("failed_requests"), disk.driver.metric("written_bytes")), (1, 0));
+}
+
+#[test]
 fn a_driver_without_flushes_gets_its_writes_to_the_disk() {
     for ring in [true, false] {
         let mut device = Blk::new(temporary(), Options::default()).unwrap();

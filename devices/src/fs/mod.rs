@@ -26,7 +26,7 @@ use thiserror::Error;
 
 use self::message::GuestMessage;
 use crate::GuestMemory;
-use crate::device::{Broken, Event, Resources, Trigger, VirtioDevice, Watch, read_config_bytes};
+use crate::device::{Broken, Event, Loop, Resources, Trigger, VirtioDevice, Watch, read_config_bytes};
 use crate::limit::Limiter;
 use crate::queue::{Chain, QUEUE_SIZE_MAX, Served, VirtQueue};
 use crate::state::{self, LimiterState, StateError};
@@ -216,8 +216,8 @@ impl VirtioDevice for Fs {
         [locks].into_iter().chain(self.limiter.iter().map(Limiter::watch)).collect()
     }
 
-    fn may_wait(&self) -> bool {
-        true
+    fn event_loop(&self) -> Loop {
+        Loop::Files
     }
 
     fn metrics(&self) -> Vec<(&'static str, u64)> {

@@ -100,8 +100,9 @@ fn inmate(folder: &str, filter: &str, attempt: &str, more: &[&str]) -> Result<Ex
         "event_loop" => jailer::thread(Thread::EventLoop)?,
         "vcpu" => jailer::thread(Thread::Vcpu)?,
         "api" => jailer::thread(Thread::Api)?,
+        "disk" => jailer::thread(Thread::Disk)?,
         "fs" => jailer::thread(Thread::Fs)?,
-        _ => return Err("the filter is none, tied, event_loop, vcpu, api, fs or serving".into()),
+        _ => return Err("the filter is none, tied, event_loop, vcpu, api, disk, fs or serving".into()),
     }
     end(filter, attempts::attempt(&folder, attempt, more))
 }

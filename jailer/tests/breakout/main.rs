@@ -35,7 +35,7 @@ enum Caller {
 }
 
 const CALLERS: [Caller; 2] = [Caller::Root, Caller::Somebody];
-const FILTERS: [&str; 4] = ["event_loop", "vcpu", "api", "fs"];
+const FILTERS: [&str; 5] = ["event_loop", "vcpu", "api", "disk", "fs"];
 
 /// A place on the host with the folder of one monitor and that of another.
 struct Host {

@@ -1,0 +1,36 @@
+//! Event loops of one device each, on threads of their own: a device that may wait holds up nobody but its driver there.
+
+use std::sync::{Arc, Mutex};
+use std::{io, thread};
+
+use devices::mmio::MmioDevice;
+use event_manager::{EventManager, MutEventSubscriber, SubscriberOps as _};
+
+use crate::monitor::{MonitorError, confine, fail};
+
+/// Starts the thread of a disk: `disk N`, the N-th of those that have one.
+///
+/// # Errors
+/// When the system has no thread left.
+pub(crate) fn start_disk(index: usize, device: &Arc<Mutex<MmioDevice>>) -> io::Result<()> {
+    let device = Arc::clone(device);
+    thread::Builder::new().name(format!("disk {index}")).spawn(|| run(device, jailer::Thread::Disk)).map(drop)
+}
+
+/// Calls a device when there is something for it to do, until the process is over. Before the first time the calling thread
+/// becomes one of this kind.
+pub(crate) fn run(device: Arc<Mutex<MmioDevice>>, kind: jailer::Thread) -> ! {
+    let mut events = match EventManager::new() {
+        Ok(events) => events,
+        Err(error) => fail(&MonitorError::EventLoop(error)),
+    };
+    events.add_subscriber(device as Arc<Mutex<dyn MutEventSubscriber>>);
+    confine(kind);
+    loop {
+        match events.run() {
+            Ok(_) => {}
+            Err(event_manager::Error::Epoll(error)) if error.errno() == libc::EINTR => {}
+            Err(error) => fail(&MonitorError::EventLoop(error)),
+        }
+    }
+}
