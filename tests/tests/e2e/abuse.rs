@@ -5,8 +5,12 @@
 //! `docs/security/threat-model.md`, each with the constant that makes it.
 
 use std::fs;
+use std::io::{copy, sink};
+use std::net::TcpListener;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Instant;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -15,19 +19,19 @@ use tests::sandbox::{Detached, Sandbox, programs};
 
 use crate::api::{curl, json_of};
 use crate::memory::until;
+use crate::network::{Network, UP};
 use crate::soak::private_kib;
 
 /// What a flood runs under: it ends after so many seconds, whatever becomes of the test.
 const ENDS: &str = "timeout 90";
 /// How often the neighbour is asked for something while a flood goes on.
 const ASKED: usize = 3;
-/// How much more memory of its own a monitor may have in a flood than before it, in KiB: 16 MiB of its own, which is more than
-/// any of its buffers (`TAIL_MAX` of the console; `CREDIT` for each connection of a socket device; `DEPTH` operations of a
-/// block device), and the 16 MiB of guest memory below the kernel, a mapping as small as the monitor's own.
-const GROWTH_KIB: u64 = 32 << 10;
-/// The guest's memory; larger mappings are its.
+/// How much more memory of its own a monitor may have in a flood than before it, in KiB: more than any of its buffers
+/// (`TAIL_MAX` of the console; `CREDIT` for each connection of a socket device; `DEPTH` operations of a block device).
+const GROWTH_KIB: u64 = 16 << 10;
+/// The guest's memory.
 const GUEST: &str = "256m";
-const GUEST_KIB: u64 = 200 << 10;
+const GUEST_KIB: u64 = 256 << 10;
 /// What a container's log takes: two files (`FILE_MAX` in `api/src/log.rs`).
 const LOG_FILE_MAX: u64 = 8 << 20;
 /// How much of the console is kept (`TAIL_MAX` in `devices/src/console.rs`), and told (`CONSOLE_MAX` in `vmm/src/monitor.rs`).
@@ -38,12 +42,13 @@ const STATE_MAX: u64 = 1 << 20;
 /// The length of the guest's disk.
 const DISK: u64 = 32 << 20;
 
-/// A monitor that runs with more in its VM's configuration: lists get longer, other values are replaced.
-fn with(sandbox: &Sandbox, more: &Value) -> PathBuf {
+/// A monitor that runs with more in its VM's configuration: lists get longer, other values are replaced. `inside` stands before
+/// its name.
+fn with(sandbox: &Sandbox, inside: &str, more: &Value) -> PathBuf {
     let path = sandbox.files().join("monitor");
     let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/e2e/configured.py");
     let (python, real) = (python.display(), programs().join("cofferdam-vmm"));
-    let script = format!("#!/bin/sh\nexec /usr/bin/python3 {python} '{more}' {} \"$@\"\n", real.display());
+    let script = format!("#!/bin/sh\nexec {inside} /usr/bin/python3 {python} '{more}' {} \"$@\"\n", real.display());
     fs::write(&path, script).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     path
@@ -60,8 +65,13 @@ struct Pair<'a> {
 
 impl<'a> Pair<'a> {
     fn new(sandbox: &'a Sandbox, more: &Value, flags: &[&str], image: &str, words: &[&str]) -> Self {
+        Self::by(sandbox, &with(sandbox, "", more), flags, image, words)
+    }
+
+    /// The same by a monitor of this kind.
+    fn by(sandbox: &'a Sandbox, monitor: &Path, flags: &[&str], image: &str, words: &[&str]) -> Self {
         let flags: Vec<&str> = ["-m", GUEST, "--cpus", "2"].iter().chain(flags).copied().collect();
-        let abused = sandbox.detached_by(&with(sandbox, more), "abused", &flags, image, words);
+        let abused = sandbox.detached_by(monitor, "abused", &flags, image, words);
         let monitor = sandbox.monitor();
         let neighbour = sandbox.detached("neighbour", &[], "busybox", &["sleep", "1000"]);
         Self { sandbox, abused, neighbour, monitor, before_kib: private_kib(monitor, GUEST_KIB) }
@@ -246,6 +256,9 @@ fn a_guest_fills_its_own_disk_and_no_more() {
     ));
     pair.goes_on();
     pair.stop(flood);
+    let threads: Value = serde_json::from_str(&pair.abused.inspect("jail.threads")).unwrap();
+    let of_disk = |thread: &&Value| thread["name"] == "disk 0";
+    assert_eq!(threads.as_array().unwrap().iter().find(of_disk).unwrap()["system_calls"], "filtered", "{threads}");
     let disk = fs::metadata(&path).unwrap();
     assert_eq!(disk.len(), DISK);
     // What the file system needs to say where it is comes on top.
@@ -270,6 +283,54 @@ fn a_storm_of_notifications_and_interrupts_holds_up_nobody() {
     pair.stop(flood);
     let after = pair.metrics("cofferdam_device_events{");
     assert!(after > before, "{before} {after}");
+}
+
+/// How many bytes a guest may send in a second, and at once.
+const SENT: u64 = 256 << 10;
+/// What it sends above that at most: the frame that uses up what is left may be as long as one that its device cuts into many,
+/// and the headers of those are added by the host.
+const FRAMES: u64 = 128 << 10;
+
+/// Takes whatever is sent to a port of the host's in this thread's network namespace, and forgets it.
+fn swallow(port: u16) {
+    let listener = TcpListener::bind(("10.9.0.1", port)).unwrap();
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            // It ends as its guest does.
+            thread::spawn(move || copy(&mut stream, &mut sink()));
+        }
+    });
+}
+
+#[test]
+fn a_flood_of_frames_is_held_to_its_limit() {
+    let sandbox = Sandbox::new();
+    let network = Network::new("tap");
+    swallow(5000);
+    let more = json!({ "networks": [{
+        "tap": { "name": "tap0" },
+        "mac": "02:00:00:00:00:02",
+        "tx_limits": { "bytes": { "size": SENT, "refill_ms": 1000 } },
+    }] });
+    let monitor = with(&sandbox, &network.inside(), &more);
+    let began = Instant::now();
+    let pair = Pair::by(&sandbox, &monitor, &["--cap-add", "NET_ADMIN"], "busybox", &["sleep", "1000"]);
+    let flood = pair.flood(&format!(
+        "{UP}; senders=; for n in 1 2 3 4; do nc 10.9.0.1 5000 < /dev/zero & senders=\"$senders $!\"; done; \
+         echo flooding; while $GO; do sleep 0.2; done; kill $senders"
+    ));
+    // More than it may send at once, and it would send more.
+    let sent = || network.moved()[0];
+    until("a flood", || (sent() > 2 * SENT).then_some(()));
+    pair.goes_on();
+    // A device that is at work shows no figures.
+    let throttled = || pair.metrics("cofferdam_device_transmit_throttled{device=\"network\"");
+    until("a device that waits", || (throttled() > 0).then_some(()));
+    let bytes = sent();
+    // Looked at before the clock: the time is longer than that in which it was sent.
+    let allowed = SENT + SENT * (began.elapsed().as_millis() as u64).div_ceil(1000) + FRAMES;
+    assert!(bytes <= allowed, "{bytes} bytes were sent, and not more than {allowed} may be");
+    pair.stop(flood);
 }
 
 #[test]

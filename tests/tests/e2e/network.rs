@@ -45,11 +45,10 @@ impl Network {
     fn run(&self, sandbox: &Sandbox, network: &Value, handed_down: usize, flags: &[&str], script: &str) -> Invocation {
         let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/e2e/network.py");
         let (python, real) = (python.display(), programs().join("cofferdam-vmm"));
-        let (process, thread) = (std::process::id(), nix::unistd::gettid());
         let monitor = sandbox.files().join("monitor");
         let text = format!(
-            "#!/bin/sh\nexec nsenter --net=/proc/{process}/task/{thread}/ns/net \
-             /usr/bin/python3 {python} '{network}' {handed_down} {} \"$@\"\n",
+            "#!/bin/sh\nexec {} /usr/bin/python3 {python} '{network}' {handed_down} {} \"$@\"\n",
+            self.inside(),
             real.display()
         );
         fs::write(&monitor, text).unwrap();
@@ -58,12 +57,23 @@ impl Network {
         sandbox.run(&flags, "busybox", &["sh", "-ec", script]).env("COFFERDAM_VMM", monitor)
     }
 
-    /// The mean length of frames over the tap: from the guest, and to it.
-    fn frames(&self) -> (u64, u64) {
+    /// What brings a program into this namespace, in front of its name.
+    pub(crate) fn inside(&self) -> String {
+        format!("nsenter --net=/proc/{}/task/{}/ns/net", std::process::id(), nix::unistd::gettid())
+    }
+
+    /// What went over the tap: bytes and frames from the guest, bytes and frames to it.
+    pub(crate) fn moved(&self) -> [u64; 4] {
         let text = fs::read_to_string("/proc/thread-self/net/dev").unwrap();
         let line = text.lines().find_map(|line| line.trim().strip_prefix("tap0:")).unwrap();
         let numbers: Vec<u64> = line.split_whitespace().map(|number| number.parse().unwrap()).collect();
-        (numbers[0] / numbers[1], numbers[8] / numbers[9])
+        [numbers[0], numbers[1], numbers[8], numbers[9]]
+    }
+
+    /// The mean length of frames over the tap: from the guest, and to it.
+    fn frames(&self) -> (u64, u64) {
+        let [from, frames_from, to, frames_to] = self.moved();
+        (from / frames_from, to / frames_to)
     }
 }
 
@@ -106,7 +116,7 @@ fn echoed(port: u16, bytes: Vec<u8>) -> Receiver<Result<(), String>> {
     outcome
 }
 
-const UP: &str = "ip addr add 10.9.0.2/24 dev eth0; ip link set eth0 up";
+pub(crate) const UP: &str = "ip addr add 10.9.0.2/24 dev eth0; ip link set eth0 up";
 
 #[test]
 fn what_is_sent_over_a_tap_arrives_whole_in_both_directions() {
