@@ -23,6 +23,10 @@ use crate::{demo, images, paths, schemathesis};
 pub const PACKAGE: &str = "tests";
 /// How long a turn may take in the lab, in seconds.
 const LIMIT: u32 = 2100;
+/// How long one may take that does more than usual, because somebody asked for it.
+const LIMIT_LONGER: u32 = 4 * 3600;
+/// The variables that ask for more.
+const MORE: [&str; 3] = [::tests::SOAK_VARIABLE, ::tests::FAULTS_VARIABLE, ::tests::HOSTILE_CASES_VARIABLE];
 /// The lab's memory for them, in MiB: guests, their images, and every file written.
 const MEMORY: u32 = 6144;
 /// How many machines a turn may take.
@@ -47,7 +51,7 @@ pub fn e2e(filters: &[OsString]) -> Result<ExitCode> {
     ));
     environment
         .push((::tests::HOSTILE_GUEST_VARIABLE.into(), step("end-to-end tests: hostile guest", hostile_guest)?.into()));
-    for name in [::tests::SOAK_VARIABLE, ::tests::FAULTS_VARIABLE, ::tests::HOSTILE_CASES_VARIABLE] {
+    for name in MORE {
         environment.extend(std::env::var_os(name).map(|value| (name.into(), value)));
     }
     let here = demo::kvm_runs_guests();
@@ -194,7 +198,9 @@ fn abbreviated(names: &[String]) -> String {
 /// Runs a command in the lab's machine for tests.
 fn in_lab(command: Vec<OsString>, out: Option<&Path>) -> Result<ExitCode> {
     let args = LabArgs::for_command(command);
-    lab::run(&LabArgs { timeout: LIMIT, mem: MEMORY, folder: Some(folder()), out: out.map(Path::to_owned), ..args })
+    let more = MORE.iter().any(|name| std::env::var_os(name).is_some());
+    let timeout = if more { LIMIT_LONGER } else { LIMIT };
+    lab::run(&LabArgs { timeout, mem: MEMORY, folder: Some(folder()), out: out.map(Path::to_owned), ..args })
 }
 
 /// Where cargo starts the tests.
