@@ -5,6 +5,7 @@
 use std::str::FromStr;
 
 use api::config::{MEMORY_MIB_MAX, VCPUS_MAX};
+use api::model::{CPU_QUOTA_MIN_US, MEMORY_MIN};
 use thiserror::Error;
 
 /// Bytes in a MiB.
@@ -24,14 +25,8 @@ const VM_MIB_MIN: u64 = 128;
 /// The container's memory when none is asked for, in bytes: what a VM of 512 MiB has left.
 pub const DEFAULT_MEMORY: u64 = 440 * MIB;
 
-/// The least memory limit, as docker has it: with less, a container's first process cannot be set up.
-const MEMORY_MIN: u64 = 6 * MIB;
-
 /// The length in microseconds of the period that a CPU quota is counted in.
 pub const CPU_PERIOD_US: u64 = 100_000;
-
-/// The least CPU quota: a hundredth of a CPU, below which the kernel refuses one.
-const CPU_QUOTA_MIN_US: u64 = CPU_PERIOD_US / 100;
 
 /// Why an amount was refused.
 #[derive(Debug, Error, PartialEq, Eq)]

@@ -98,18 +98,28 @@ pub struct Kill {
     pub stop: bool,
 }
 
-/// Limits to change; what is left out stays as it is.
+/// The least memory limit in bytes, as docker has it: with less, a container's first process cannot be set up.
+pub const MEMORY_MIN: u64 = 6 << 20;
+/// The least number of tasks that a container may be limited to: its first process.
+pub const PIDS_MIN: u64 = 1;
+/// The least CPU quota in microseconds per 100 ms: a hundredth of a CPU, below which the kernel refuses one.
+pub const CPU_QUOTA_MIN_US: u64 = 1000;
+
+/// Limits to change; what is left out stays as it is, and the largest number takes a limit away.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LimitsUpdate {
     /// Bytes of memory.
     #[serde(default)]
+    #[schema(minimum = 6_291_456)]
     pub memory_bytes: Option<u64>,
     /// Number of tasks.
     #[serde(default)]
+    #[schema(minimum = 1)]
     pub pids: Option<u64>,
     /// CPU time in microseconds per 100 ms.
     #[serde(default)]
+    #[schema(minimum = 1000)]
     pub cpu_quota_us: Option<u64>,
 }
 

@@ -8,8 +8,8 @@ mod process;
 mod vm;
 
 pub use container::{
-    Container, ContainerCreate, ContainerState, ContainerStatus, CpuStats, Health, HealthState, HostStats, IoStats,
-    Kill, LimitsUpdate, MemoryStats, PidsStats, Stats, Top, TopProcess,
+    CPU_QUOTA_MIN_US, Container, ContainerCreate, ContainerState, ContainerStatus, CpuStats, Health, HealthState,
+    HostStats, IoStats, Kill, LimitsUpdate, MEMORY_MIN, MemoryStats, PIDS_MIN, PidsStats, Stats, Top, TopProcess,
 };
 pub use event::{Event, EventKind};
 pub use memory::{Balloon, BalloonStatistics, BalloonUpdate};

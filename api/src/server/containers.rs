@@ -21,8 +21,8 @@ use super::{Offer, Shared, routes};
 use crate::config::ContainerConfig;
 use crate::log::Selection;
 use crate::model::{
-    Container, ContainerCreate, ContainerState, ContainerStatus, CpuStats, EventKind, IoStats, Kill, LimitsUpdate,
-    MemoryStats, PidsStats, Size, Stats, Top, TopProcess,
+    CPU_QUOTA_MIN_US, Container, ContainerCreate, ContainerState, ContainerStatus, CpuStats, EventKind, IoStats, Kill,
+    LimitsUpdate, MEMORY_MIN, MemoryStats, PIDS_MIN, PidsStats, Size, Stats, Top, TopProcess,
 };
 use crate::session::now;
 
@@ -101,6 +101,7 @@ pub(super) async fn create(
         let detail = "spec.process.stdio: the VM chooses its ports, leave them null";
         return Err(Problem::new(ProblemKind::InvalidRequest, detail));
     }
+    check_limits("spec.limits.", &create.spec.limits)?;
     let usage = Use { hold: create.wait_for_attach, ..Use::default() };
     let (creation, offers) = begin(&context, create.spec, create.stdin, usage)?;
     let shown = creation.settle(move |created| {
@@ -314,8 +315,26 @@ pub(super) async fn limits(
     context.vm.state().container(&id)?;
     let LimitsUpdate { memory_bytes, pids, cpu_quota_us } = update;
     let limits = Limits { memory_bytes, pids, cpu_quota_us };
+    check_limits("", &limits)?;
     context.guest.act(Call::Update { container: id, limits }).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Refuses limits that leave a container nothing to live on. `place` stands before the names of their fields.
+fn check_limits(place: &str, limits: &Limits) -> Result<(), Problem> {
+    let least = [
+        ("memory_bytes", limits.memory_bytes, MEMORY_MIN),
+        ("pids", limits.pids, PIDS_MIN),
+        ("cpu_quota_us", limits.cpu_quota_us, CPU_QUOTA_MIN_US),
+    ];
+    let given = least.into_iter().filter_map(|(name, given, least)| Some((name, given?, least)));
+    match given.into_iter().find(|(_, given, least)| given < least) {
+        Some((name, given, least)) => {
+            let detail = format!("{place}{name} is {given}: give at least {least}, or {} for no limit", u64::MAX);
+            Err(Problem::new(ProblemKind::InvalidRequest, detail))
+        }
+        None => Ok(()),
+    }
 }
 
 /// What a container uses

@@ -88,6 +88,13 @@ fn problems_have_a_type_and_name_the_field() {
             "invalid-request",
             "memory_byte",
         ),
+        (
+            &["--request", "PATCH", "--json", r#"{"memory_bytes": 0}"#],
+            &format!("{containers}/limits"),
+            400,
+            "invalid-request",
+            "memory_bytes is 0: give at least 6291456",
+        ),
         (&["--json", r#"{"args": "true"}"#], &format!("{containers}/processes"), 400, "invalid-request", "args"),
     ] {
         let (code, problem) = json_of(curl(&sandbox, &pod, arguments, path));
