@@ -29,9 +29,8 @@ const ASKED: usize = 3;
 /// How much more memory of its own a monitor may have in a flood than before it, in KiB: more than any of its buffers
 /// (`TAIL_MAX` of the console; `CREDIT` for each connection of a socket device; `DEPTH` operations of a block device).
 const GROWTH_KIB: u64 = 16 << 10;
-/// The guest's memory.
-const GUEST: &str = "256m";
-const GUEST_KIB: u64 = 256 << 10;
+/// The container's memory.
+const MEMORY: &str = "256m";
 /// What a container's log takes: two files (`FILE_MAX` in `api/src/log.rs`).
 const LOG_FILE_MAX: u64 = 8 << 20;
 /// How much of the console is kept (`TAIL_MAX` in `devices/src/console.rs`), and told (`CONSOLE_MAX` in `vmm/src/monitor.rs`).
@@ -70,11 +69,12 @@ impl<'a> Pair<'a> {
 
     /// The same by a monitor of this kind.
     fn by(sandbox: &'a Sandbox, monitor: &Path, flags: &[&str], image: &str, words: &[&str]) -> Self {
-        let flags: Vec<&str> = ["-m", GUEST, "--cpus", "2"].iter().chain(flags).copied().collect();
+        let flags: Vec<&str> = ["-m", MEMORY, "--cpus", "2"].iter().chain(flags).copied().collect();
         let abused = sandbox.detached_by(monitor, "abused", &flags, image, words);
         let monitor = sandbox.monitor();
         let neighbour = sandbox.detached("neighbour", &[], "busybox", &["sleep", "1000"]);
-        Self { sandbox, abused, neighbour, monitor, before_kib: private_kib(monitor, GUEST_KIB) }
+        let before_kib = private_kib(monitor, &abused);
+        Self { sandbox, abused, neighbour, monitor, before_kib }
     }
 
     /// Starts a flood, by a script that runs while `$GO` succeeds and says `flooding` when it has begun.
@@ -92,7 +92,7 @@ impl<'a> Pair<'a> {
         for number in 0..ASKED {
             let word = format!("alive {number}\n");
             assert_eq!(self.neighbour.verb("exec", &[], &["echo", word.trim_end()]).end().succeeded(), word);
-            let now = private_kib(self.monitor, GUEST_KIB);
+            let now = private_kib(self.monitor, &self.abused);
             let before = self.before_kib;
             assert!(now <= before + GROWTH_KIB, "the monitor's own memory grew from {before} to {now} KiB");
         }

@@ -4,7 +4,7 @@ use std::fs;
 use std::ops::Range;
 
 use serde_json::{Value, json};
-use tests::sandbox::Sandbox;
+use tests::sandbox::{Detached, Sandbox};
 
 /// The rounds after which everything that is made once was made.
 const WARM: usize = 4;
@@ -16,9 +16,10 @@ fn rounds(few: usize) -> usize {
     std::env::var(tests::SOAK_VARIABLE).map_or(few, |text| text.parse().expect("the number of rounds is a number"))
 }
 
-/// The memory that is a monitor's own, in KiB: all that is private, but for its guest's. That is so long, in parts beside each
-/// other, of which the last one is the monitor's largest mapping.
-pub(crate) fn private_kib(pid: u32, guest_kib: u64) -> u64 {
+/// The memory that is the own of a container's monitor, in KiB: all that is private, but for its guest's. That is in parts beside
+/// each other, of which the last one is the monitor's largest mapping.
+pub(crate) fn private_kib(pid: u32, container: &Detached<'_>) -> u64 {
+    let guest_kib = container.inspect("vm.memory_mib").parse::<u64>().unwrap() << 10;
     let text = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
     let mut mappings: Vec<(Range<u64>, u64)> = Vec::new();
     for line in text.lines() {
@@ -63,7 +64,7 @@ fn containers_that_come_and_go_leave_nothing_in_their_vm() {
     let measure = || {
         let descriptors = fs::read_dir(format!("/proc/{monitor}/fd")).unwrap().count();
         let threads = fs::read_dir(format!("/proc/{monitor}/task")).unwrap().count();
-        (descriptors, threads, private_kib(monitor, 256 << 10))
+        (descriptors, threads, private_kib(monitor, &pod))
     };
     let mut before = (0, 0, 0);
     for round in 0..rounds(12) {
