@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use api::config::VmConfig;
 use devices::GuestMemory;
@@ -30,7 +30,7 @@ use crate::layout::{self, IRQ_LAST, PAGE, SERIAL_IRQ, VIRTIO_IRQ};
 use crate::memory::{self, MemoryError};
 use crate::populate;
 use crate::resources::Resources;
-use crate::vcpu::Bus;
+use crate::vcpu::{Bus, lock};
 
 /// Why a VM was not built.
 #[derive(Debug, Error)]
@@ -257,10 +257,6 @@ impl Machine {
             lock(device).flush();
         }
     }
-}
-
-fn lock(device: &Mutex<MmioDevice>) -> MutexGuard<'_, MmioDevice> {
-    device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

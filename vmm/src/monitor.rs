@@ -187,10 +187,7 @@ pub fn run(
         let (sender, guest_ended) = server::guest_end();
         flushing = Some(sender);
         let (bus, console, memory) = (machine.bus.clone(), machine.console.clone(), machine.memory.clone());
-        let kind = |device: &Arc<Mutex<devices::mmio::MmioDevice>>| {
-            device.lock().unwrap_or_else(PoisonError::into_inner).kind()
-        };
-        let kinds = bus.devices.iter().map(kind).collect();
+        let kinds = bus.devices.iter().map(|device| vcpu::lock(device).kind()).collect();
         let handle =
             Handle { pid, statm, bus, kinds, console, memory, ports: ports.clone(), vcpus: Arc::clone(&vcpus) };
         let LaunchConfig { vm, container, .. } = config;
@@ -315,11 +312,7 @@ impl MutEventSubscriber for Wake {
 
 fn wait(events: &mut EventManager<Subscriber>, ended: &Receiver<End>) -> Result<End, MonitorError> {
     loop {
-        match events.run() {
-            Ok(_) => {}
-            Err(event_manager::Error::Epoll(error)) if error.errno() == libc::EINTR => {}
-            Err(error) => return Err(MonitorError::EventLoop(error)),
-        }
+        own_loop::turn(events)?;
         if let Ok(end) = ended.try_recv() {
             return Ok(end);
         }

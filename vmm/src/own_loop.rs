@@ -27,10 +27,20 @@ pub(crate) fn run(device: Arc<Mutex<MmioDevice>>, kind: jailer::Thread) -> ! {
     events.add_subscriber(device as Arc<Mutex<dyn MutEventSubscriber>>);
     confine(kind);
     loop {
-        match events.run() {
-            Ok(_) => {}
-            Err(event_manager::Error::Epoll(error)) if error.errno() == libc::EINTR => {}
-            Err(error) => fail(&MonitorError::EventLoop(error)),
+        if let Err(error) = turn(&mut events) {
+            fail(&error);
         }
+    }
+}
+
+/// Waits until there is something for a device of an event loop to do, and calls it.
+///
+/// # Errors
+/// [`MonitorError::EventLoop`].
+pub(crate) fn turn<S: MutEventSubscriber>(events: &mut EventManager<S>) -> Result<(), MonitorError> {
+    match events.run() {
+        Ok(_) => Ok(()),
+        Err(event_manager::Error::Epoll(error)) if error.errno() == libc::EINTR => Ok(()),
+        Err(error) => Err(MonitorError::EventLoop(error)),
     }
 }

@@ -109,7 +109,8 @@ impl Bus {
     }
 }
 
-fn lock(device: &Mutex<MmioDevice>) -> MutexGuard<'_, MmioDevice> {
+/// A device, also after somebody has panicked who had it: each call leaves it whole.
+pub(crate) fn lock(device: &Mutex<MmioDevice>) -> MutexGuard<'_, MmioDevice> {
     device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
