@@ -12,6 +12,8 @@ pub mod pty;
 pub mod registry;
 pub mod sandbox;
 
+use std::time::{Duration, Instant};
+
 /// Names the folder that `cargo xtask e2e` has prepared for the tests.
 pub const FOLDER_VARIABLE: &str = "COFFERDAM_E2E";
 /// Names the folder with the programs to test, the guest kernel and the initramfs.
@@ -34,3 +36,21 @@ pub const STORE: &str = "store";
 pub const STORAGE: &str = "registry";
 /// In the prepared folder: a JSON object from repositories to the references under which the store has them.
 pub const REFERENCES: &str = "references.json";
+
+/// How long a guest may take to do as it is asked, in the slowest lab.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Waits until `look` finds what it looks for.
+///
+/// # Panics
+/// It does not come about in two minutes.
+pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let began = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(began.elapsed() < PATIENCE, "{what} did not come about in {PATIENCE:?}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}

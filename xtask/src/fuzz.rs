@@ -6,12 +6,14 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
 use std::sync::Mutex;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use rustix::param::clock_ticks_per_second;
+use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 
 use crate::build::cargo;
 use crate::command::run;
@@ -50,7 +52,10 @@ pub struct FuzzArgs {
 /// What became of a target.
 #[derive(Debug, Default)]
 struct Tally {
+    /// How long it was fuzzed.
     seconds: f64,
+    /// How much time of a CPU that took.
+    cpu_seconds: f64,
     executions: u64,
     edges: u64,
     findings: u32,
@@ -133,7 +138,7 @@ fn one(target: &str, program: &Path, cache: &Path, seconds: f64) -> Result<Tally
         let output = File::create(&log).with_context(|| format!("cannot create {}", log.display()))?;
         let begun = Instant::now();
         // As for every program in Rust, whose start libFuzzer takes the place of: writing to who is gone is an error.
-        let status = Command::new("env")
+        let mut child = Command::new("env")
             .arg("--ignore-signal=PIPE")
             .arg(program)
             .arg(format!("-max_total_time={}", (seconds - tally.seconds) as u64))
@@ -144,8 +149,10 @@ fn one(target: &str, program: &Path, cache: &Path, seconds: f64) -> Result<Tally
             .args([&corpus, &seeds])
             .stdout(output.try_clone()?)
             .stderr(output)
-            .status()
+            .spawn()
             .with_context(|| format!("cannot start {}", program.display()))?;
+        tally.cpu_seconds += cpu_seconds(&child)?;
+        let status = child.wait()?;
         tally.seconds += begun.elapsed().as_secs_f64();
         let text = fs::read(&log).with_context(|| format!("cannot read {}", log.display()))?;
         let text = String::from_utf8_lossy(&text);
@@ -160,6 +167,23 @@ fn one(target: &str, program: &Path, cache: &Path, seconds: f64) -> Result<Tally
     Ok(tally)
 }
 
+/// Waits for the end of a process, and says how much time of a CPU it took.
+fn cpu_seconds(child: &Child) -> Result<f64> {
+    let pid = Pid::from_child(child);
+    // It stays until it is waited for in earnest, and its times with it.
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+    rustix::io::retry_on_intr(|| waitid(WaitId::Pid(pid), options)).context("cannot wait for a fuzzer")?;
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).context("cannot read a fuzzer's times")?;
+    ticks(&stat).map(|ticks| ticks as f64 / clock_ticks_per_second() as f64).context("a fuzzer's times are missing")
+}
+
+/// The time in user and in kernel mode of a process's `stat`: see proc_pid_stat(5).
+fn ticks(stat: &str) -> Option<u64> {
+    // What stands before, a name in parentheses, may have spaces in it.
+    let mut times = stat.rsplit_once(')')?.1.split_ascii_whitespace().skip(11);
+    Some(times.next()?.parse::<u64>().ok()? + times.next()?.parse::<u64>().ok()?)
+}
+
 /// The number behind the last occurrence of a word.
 fn figure(text: &str, word: &str) -> Option<u64> {
     text.rsplit_once(word)?.1.split_ascii_whitespace().next()?.parse().ok()
@@ -168,11 +192,13 @@ fn figure(text: &str, word: &str) -> Option<u64> {
 /// Prints a table, as in docs/security/fuzzing.md. Findings are an error.
 fn report(mut tallies: Vec<(&String, Tally)>, cache: &Path) -> Result<()> {
     tallies.sort_by_key(|(target, _)| *target);
-    println!("| target | seconds | executions | a second | edges | findings |\n|---|---|---|---|---|---|");
-    for (target, Tally { seconds, executions, edges, findings }) in &tallies {
-        let speed = *executions as f64 / seconds.max(1.0);
-        println!("| `{target}` | {seconds:.0} | {executions} | {speed:.0} | {edges} | {findings} |");
+    println!("| target | CPU seconds | executions | a CPU second | edges | findings |\n|---|---|---|---|---|---|");
+    for (target, Tally { cpu_seconds, executions, edges, findings, .. }) in &tallies {
+        let speed = *executions as f64 / cpu_seconds.max(1.0);
+        println!("| `{target}` | {cpu_seconds:.0} | {executions} | {speed:.0} | {edges} | {findings} |");
     }
+    let cpu_hours: f64 = tallies.iter().map(|(_, tally)| tally.cpu_seconds / 3600.0).sum();
+    println!("\n{cpu_hours:.2} CPU-hours.");
     let findings: u32 = tallies.iter().map(|(_, tally)| tally.findings).sum();
     ensure!(findings == 0, "{findings} findings: see {}", cache.join("findings").display());
     Ok(())
@@ -188,6 +214,13 @@ mod tests {
         assert_eq!(figure(text, " cov:"), Some(12));
         assert_eq!(figure(text, "stat::number_of_executed_units:"), Some(77));
         assert_eq!(figure(text, "none"), None);
+    }
+
+    #[test]
+    fn times_stand_behind_a_name_of_any_kind() {
+        let stat = "7 (a) b) S 1 7 7 0 -1 4194304 100 0 0 0 30 12 5 5 20 0 1 0 100";
+        assert_eq!(ticks(stat), Some(42));
+        assert_eq!(ticks("7 (a"), None);
     }
 
     #[test]

@@ -16,9 +16,9 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tests::process::Running;
 use tests::sandbox::{Detached, Sandbox, programs};
+use tests::until;
 
 use crate::api::{curl, json_of};
-use crate::memory::until;
 use crate::network::{Network, UP};
 use crate::soak::private_kib;
 

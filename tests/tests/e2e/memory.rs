@@ -3,27 +3,12 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tests::sandbox::{Detached, Sandbox, programs};
+use tests::until;
 
 use crate::api::{curl, json_of};
-
-/// How long a guest may take to do as it is asked, in the slowest lab.
-const PATIENCE: Duration = Duration::from_secs(120);
-
-/// Waits until `look` finds what it looks for.
-pub(crate) fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let began = Instant::now();
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(began.elapsed() < PATIENCE, "{what} did not come about in {PATIENCE:?}");
-        std::thread::sleep(Duration::from_millis(200));
-    }
-}
 
 /// The resident memory of the monitor, in MiB.
 fn resident_mib(sandbox: &Sandbox) -> u64 {
