@@ -2,6 +2,7 @@
 //!
 //! # Layout
 //! - [`device`]: the contract between a device and its transport.
+//! - [`interrupt`]: how a device calls its driver, and why.
 //! - [`queue`]: a virtqueue as devices use it: bounded, and broken for good when the driver breaks the rules.
 //! - [`mmio`]: the virtio-mmio transport; owns the queues and drives the device from the event loop.
 //! - [`balloon`], [`blk`], [`console`], [`fs`], [`mem`], [`net`], [`pmem`], [`rng`], [`vsock`]: one device a file or folder,
@@ -25,6 +26,7 @@ pub mod console;
 pub mod device;
 pub mod fs;
 pub mod guest_io;
+pub mod interrupt;
 pub mod limit;
 pub mod mem;
 pub mod mmio;

@@ -12,6 +12,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use virtio_bindings::virtio_config::{
@@ -24,7 +25,8 @@ use virtio_queue::QueueT;
 
 use crate::GuestMemory;
 use crate::device::{Broken, Event, Loop, Resources, Trigger, VirtioDevice};
-use crate::queue::{Interrupt, VirtQueue};
+use crate::interrupt::{Interrupt, Line};
+use crate::queue::VirtQueue;
 use crate::state::{self, DeviceState, StateError, impossible};
 
 /// The size of a device's register window in bytes.
@@ -75,12 +77,12 @@ struct Counters {
 }
 
 impl MmioDevice {
-    /// A device in its reset state.
+    /// A device in its reset state, which interrupts by `line`.
     ///
     /// # Errors
     /// When the system has no descriptor left.
-    pub fn new(device: Box<dyn VirtioDevice>, memory: GuestMemory) -> io::Result<Self> {
-        let interrupt = Interrupt::new()?;
+    pub fn new(device: Box<dyn VirtioDevice>, memory: GuestMemory, line: Arc<dyn Line>) -> io::Result<Self> {
+        let interrupt = Interrupt::new(line);
         let queues = (0u16..)
             .zip(device.queue_sizes())
             .map(|(index, size)| VirtQueue::new(index, *size, interrupt.clone()))

@@ -2,8 +2,7 @@
 
 use std::io;
 use std::num::Wrapping;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory as _, Permissions, VolatileSlice};
@@ -12,6 +11,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::GuestMemory;
 use crate::device::Broken;
 use crate::guest_io::BUFFERS_MAX;
+use crate::interrupt::Interrupt;
 use crate::state::{QueueState, StateError, impossible};
 
 /// The largest queue that any of our devices offers.
@@ -133,50 +133,6 @@ impl Buffers<'_> {
 
 fn length(slices: &[VolatileSlice<'_>]) -> usize {
     slices.iter().fold(0, |sum: usize, slice| sum.saturating_add(slice.len()))
-}
-
-/// The interrupt line of a device and the reason it was raised (VIRTIO 1.2 §4.2.2, InterruptStatus).
-#[derive(Debug, Clone)]
-pub struct Interrupt {
-    line: Arc<EventFd>,
-    status: Arc<AtomicU32>,
-}
-
-impl Interrupt {
-    /// The device used a buffer.
-    pub const USED: u32 = 1;
-    /// The device's configuration or status changed.
-    pub const CONFIGURATION: u32 = 2;
-
-    /// A line that is not raised.
-    ///
-    /// # Errors
-    /// When the system has no descriptor left.
-    pub fn new() -> io::Result<Self> {
-        Ok(Self { line: Arc::new(EventFd::new(EFD_NONBLOCK)?), status: Arc::default() })
-    }
-
-    /// The eventfd to connect with the VM's interrupt controller (`KVM_IRQFD`).
-    pub fn line(&self) -> &EventFd {
-        &self.line
-    }
-
-    /// Raises the line for the given reasons.
-    pub fn raise(&self, reasons: u32) {
-        self.status.fetch_or(reasons, Ordering::SeqCst);
-        // The only error is a counter at its maximum, and then the interrupt is already pending.
-        let _ = self.line.write(1);
-    }
-
-    /// The reasons not yet acknowledged.
-    pub fn status(&self) -> u32 {
-        self.status.load(Ordering::SeqCst)
-    }
-
-    /// The driver has seen these reasons.
-    pub fn acknowledge(&self, reasons: u32) {
-        self.status.fetch_and(!reasons, Ordering::SeqCst);
-    }
 }
 
 /// A queue, the event that says it has buffers, and the interrupt that says they were used.

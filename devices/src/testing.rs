@@ -1,11 +1,15 @@
 //! The driver's side of a device, for tests: sets a device up through its registers as Linux does, and puts chains on its
 //! queues.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::GuestMemory;
 use crate::device::{Event, Trigger, VirtioDevice};
+use crate::interrupt::Line;
 use crate::mmio::MmioDevice;
 
 /// Ring memory of queue N begins here, 64 KiB apart; buffers are for the test to place from [`BUFFERS`] on.
@@ -39,6 +43,21 @@ pub struct Buffer {
     pub writable: bool,
 }
 
+/// A line that remembers whether it was raised.
+#[derive(Debug, Default)]
+pub struct Remembered(AtomicBool);
+
+impl Line for Remembered {
+    fn pulse(&self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// A device behind its registers, whose interrupts nobody takes.
+pub fn alone(device: Box<dyn VirtioDevice>, memory: &GuestMemory) -> MmioDevice {
+    MmioDevice::new(device, memory.clone(), Arc::new(Remembered::default())).unwrap()
+}
+
 /// Watches what a device hears of.
 fn watch(device: &dyn VirtioDevice) -> Epoll {
     let epoll = Epoll::new().unwrap();
@@ -60,6 +79,7 @@ pub struct Driver {
     pub memory: GuestMemory,
     /// Whether chains are in tables of their own.
     pub indirect: bool,
+    line: Arc<Remembered>,
     size: u16,
     epoll: Epoll,
     available: Vec<u16>,
@@ -87,11 +107,12 @@ impl Driver {
     fn as_it_is(device: Box<dyn VirtioDevice>, size: u16) -> Self {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap();
         let epoll = watch(&*device);
-        let device = MmioDevice::new(device, memory.clone()).unwrap();
+        let line = Arc::new(Remembered::default());
+        let device = MmioDevice::new(device, memory.clone(), Arc::clone(&line) as Arc<dyn Line>).unwrap();
         let count = device.queues().len();
         let none = vec![0; count];
         let (available, used, next_descriptor) = (none.clone(), none.clone(), none);
-        Self { device, memory, indirect: false, size, epoll, available, used, next_descriptor }
+        Self { device, memory, indirect: false, line, size, epoll, available, used, next_descriptor }
     }
 
     /// Saves the device, and goes on with another one, made like it, that takes over what was saved.
@@ -99,7 +120,8 @@ impl Driver {
         let state = self.device.save().unwrap();
         device.prepare();
         self.epoll = watch(&*device);
-        self.device = MmioDevice::new(device, self.memory.clone()).unwrap();
+        let line = Arc::clone(&self.line) as Arc<dyn Line>;
+        self.device = MmioDevice::new(device, self.memory.clone(), line).unwrap();
         self.device.restore(&state).unwrap();
     }
 
@@ -235,7 +257,7 @@ impl Driver {
 
     /// Whether the device interrupted since it was last asked.
     pub fn interrupted(&self) -> bool {
-        self.device.interrupt().line().read().is_ok()
+        self.line.0.swap(false, Ordering::SeqCst)
     }
 
     /// Takes the chain that was offered last back; the device must not have used it.

@@ -104,7 +104,7 @@ pub struct Machine {
     /// What can be done with its memory.
     pub(crate) memory: Controls,
     /// The VM itself, to be held as long as it runs.
-    pub vm: VmFd,
+    pub vm: Arc<VmFd>,
 }
 
 /// Builds a VM of what was opened for it; `exports` is what its file systems show.
@@ -130,7 +130,7 @@ pub fn build(
 
     let memory = Arranged::new(config, &guest, pmem)?;
     let controls = memory.controls.clone();
-    let vm = kvm_device.create_vm().map_err(kvm("create a VM"))?;
+    let vm = Arc::new(kvm_device.create_vm().map_err(kvm("create a VM"))?);
     add_memory(&vm, &memory)?;
     vm.set_tss_address(layout::TSS).map_err(kvm("place the task state segment"))?;
     vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;

@@ -6,8 +6,8 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{io, thread};
 
+use devices::interrupt::Interrupt;
 use devices::mmio::{INTERRUPT_ACK, INTERRUPT_STATUS, MmioDevice, WINDOW};
-use devices::queue::Interrupt;
 use devices::serial::{self, Serial};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use thiserror::Error;

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicU32;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::queue::Interrupt;
+use crate::interrupt::Interrupt;
 use crate::testing::{BUFFERS, Buffer, Driver};
 
 const ALL: u32 = (STATISTICS | DEFLATE_ON_OOM | REPORTING) as u32;

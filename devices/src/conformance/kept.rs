@@ -8,15 +8,14 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::balloon::Balloon;
 use crate::balloon::host::HostBalloon;
 use crate::device::{Event, VirtioDevice};
+use crate::interrupt::Interrupt;
 use crate::limit::{Limiter, Rate};
 use crate::mem::Mem;
 use crate::mem::host::{BLOCK, HostMem};
-use crate::mmio::MmioDevice;
 use crate::net::peer;
-use crate::queue::Interrupt;
 use crate::rng::Rng;
 use crate::state::{self, StateError};
-use crate::testing::{BUFFERS, Buffer, Driver};
+use crate::testing::{BUFFERS, Buffer, Driver, alone};
 use crate::vsock::Vsock;
 use crate::vsock::ports::HostPorts;
 
@@ -99,7 +98,7 @@ fn memory_that_was_plugged_stays_plugged() {
 
     let state = driver.device.save().unwrap();
     let smaller = Mem::new(HostMem::new(BLOCK).unwrap(), 64 << 20);
-    let mut other = MmioDevice::new(Box::new(smaller), driver.memory.clone()).unwrap();
+    let mut other = alone(Box::new(smaller), &driver.memory);
     assert!(matches!(other.restore(&state), Err(StateError::Impossible { .. })));
 }
 
@@ -119,7 +118,7 @@ fn a_network_device_keeps_how_many_queues_are_in_use() {
     let mut saved = state::open(&driver.device.save().unwrap()).unwrap();
     for wrong in [0, 3] {
         saved.own[0] = wrong;
-        let mut other = MmioDevice::new(Box::new(peer::device()), driver.memory.clone()).unwrap();
+        let mut other = alone(Box::new(peer::device()), &driver.memory);
         assert!(matches!(other.restore(&state::seal(&saved)), Err(StateError::Impossible { .. })), "{wrong}");
     }
 }
@@ -171,7 +170,7 @@ fn states_that_no_driver_can_bring_about_are_refused() {
     let refused = |change: &dyn Fn(&mut state::DeviceState)| {
         let mut state = good.clone();
         change(&mut state);
-        let mut other = MmioDevice::new(Box::new(Rng::default()), driver.memory.clone()).unwrap();
+        let mut other = alone(Box::new(Rng::default()), &driver.memory);
         other.restore(&state::seal(&state)).is_err()
     };
     assert!(!refused(&|_| {}));

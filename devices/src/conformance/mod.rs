@@ -9,9 +9,9 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use crate::device::{Event, VirtioDevice};
+use crate::interrupt::Interrupt;
 use crate::mmio::MmioDevice;
-use crate::queue::Interrupt;
-use crate::testing::Driver;
+use crate::testing::{Driver, alone};
 
 const FEATURES_OK: u32 = 8;
 const NEEDS_RESET: u32 = 0x40;
@@ -237,11 +237,11 @@ pub fn a_state_that_was_tampered_with_does_no_harm<S: Subject>() {
     subject.serve(&mut driver);
     let state = driver.device.save().unwrap();
     let memory = driver.memory.clone();
-    let new = registers(&mut MmioDevice::new(S::new().device(), memory.clone()).unwrap());
+    let new = registers(&mut alone(S::new().device(), &memory));
     let mut refused = 0;
     let mut restore = |state: &[u8]| {
         // With a host's side of its own: what is restored of that stays.
-        let mut device = MmioDevice::new(S::new().device(), memory.clone()).unwrap();
+        let mut device = alone(S::new().device(), &memory);
         if device.restore(state).is_err() {
             refused += 1;
             assert_eq!(registers(&mut device), new);

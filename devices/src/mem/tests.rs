@@ -4,7 +4,7 @@
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::queue::Interrupt;
+use crate::interrupt::Interrupt;
 use crate::testing::{BUFFERS, Buffer, Driver};
 
 /// Where the region begins: behind the rings and in front of the end of memory.

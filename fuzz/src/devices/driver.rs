@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::GuestMemory;
 use devices::device::VirtioDevice;
+use devices::interrupt::Line;
 use devices::mmio::MmioDevice;
 use devices::reclaim::discard_range;
 use event_manager::{EventManager, SubscriberOps as _};
@@ -59,6 +60,14 @@ struct Ring {
     next: u16,
 }
 
+/// A line that leads nowhere.
+#[derive(Debug)]
+struct Unheard;
+
+impl Line for Unheard {
+    fn pulse(&self) {}
+}
+
 struct Guest {
     device: Arc<Mutex<MmioDevice>>,
     events: EventManager<Arc<Mutex<MmioDevice>>>,
@@ -76,7 +85,7 @@ pub fn drive(device: Box<dyn VirtioDevice>, backend: &mut dyn Backend, input: &m
     let memory = GUEST_MEMORY.with(Clone::clone);
     // As it was when it was new.
     discard_range(&memory, &(0..MEMORY));
-    let device = MmioDevice::new(device, memory.clone()).expect("there are descriptors");
+    let device = MmioDevice::new(device, memory.clone(), Arc::new(Unheard)).expect("there are descriptors");
     let rings = vec![Ring::default(); device.queues().len()];
     let device = Arc::new(Mutex::new(device));
     let mut events = EventManager::new().expect("there are descriptors");

@@ -13,8 +13,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::peer::{SHORT_HEADER, TAP, Wire, ip, stand_in, tap};
 use super::*;
+use crate::interrupt::Interrupt;
 use crate::limit::Rate;
-use crate::queue::Interrupt;
 use crate::testing::{BUFFERS, Buffer, Driver, SIZE};
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
