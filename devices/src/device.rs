@@ -10,6 +10,7 @@ use thiserror::Error;
 use crate::GuestMemory;
 use crate::queue::VirtQueue;
 use crate::state::StateError;
+use crate::window::Window;
 
 /// The driver broke a rule that the device cannot answer with an error status. The transport sets DEVICE_NEEDS_RESET
 /// (VIRTIO 1.2 §2.1.2) and does not call the device until the driver resets it.
@@ -78,8 +79,29 @@ pub struct Resources<'a> {
     pub memory: &'a GuestMemory,
     /// The device's queues, ready to use.
     pub queues: &'a mut [VirtQueue],
-    /// Set by the device when its configuration space reads differently than before: the transport tells the driver.
-    pub configuration_changed: &'a mut bool,
+    /// What its driver reads in its configuration space.
+    pub configuration: Configuration<'a>,
+}
+
+/// The configuration space of a device, where its driver reads it: as it was when the driver last wrote a register, and
+/// whenever the device says that it changed.
+#[derive(Debug)]
+pub struct Configuration<'a> {
+    pub(crate) window: &'a Window,
+    pub(crate) changed: &'a mut bool,
+}
+
+impl Configuration<'_> {
+    /// It reads differently than before: the transport looks at it anew and tells the driver.
+    pub fn change(&mut self) {
+        *self.changed = true;
+    }
+
+    /// A field of it reads differently by what the driver itself asked for, and need not be told. To be called before the
+    /// driver is answered.
+    pub fn update(&mut self, offset: usize, value: &[u8]) {
+        self.window.put_configuration(offset, value);
+    }
 }
 
 /// A virtio device.
@@ -95,7 +117,8 @@ pub trait VirtioDevice: Send {
         0
     }
 
-    /// Reads the device configuration space at `offset`. `data` is 1, 2, 4 or 8 bytes; what lies outside reads as zero.
+    /// Reads the device configuration space, of at most 64 bytes, at `offset`. `data` is 8 bytes; what lies outside reads as
+    /// zero.
     fn read_config(&self, offset: usize, data: &mut [u8]);
 
     /// Takes a write of the device configuration space at `offset`, by a driver that the device knows. `data` is 1, 2, 4 or

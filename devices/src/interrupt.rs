@@ -2,7 +2,10 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
+
+use crate::mmio::INTERRUPT_STATUS;
+use crate::window::Window;
 
 /// A pin of an interrupt controller that takes edges.
 pub trait Line: fmt::Debug + Send + Sync {
@@ -15,7 +18,8 @@ pub trait Line: fmt::Debug + Send + Sync {
 #[derive(Debug, Clone)]
 pub struct Interrupt {
     line: Arc<dyn Line>,
-    status: Arc<AtomicU32>,
+    /// Where the driver reads the reasons.
+    window: Window,
 }
 
 impl Interrupt {
@@ -25,23 +29,23 @@ impl Interrupt {
     pub const CONFIGURATION: u32 = 2;
 
     /// An interrupt that is not pending.
-    pub fn new(line: Arc<dyn Line>) -> Self {
-        Self { line, status: Arc::default() }
+    pub(crate) fn new(line: Arc<dyn Line>, window: Window) -> Self {
+        Self { line, window }
     }
 
     /// Raises the line for the given reasons. For who has the device to himself.
     pub(crate) fn raise(&self, reasons: u32) {
-        self.status.fetch_or(reasons, Ordering::SeqCst);
+        self.window.register(INTERRUPT_STATUS).fetch_or(reasons.to_le(), Ordering::SeqCst);
         self.line.pulse();
     }
 
     /// The reasons not yet acknowledged.
     pub fn status(&self) -> u32 {
-        self.status.load(Ordering::SeqCst)
+        u32::from_le(self.window.register(INTERRUPT_STATUS).load(Ordering::SeqCst))
     }
 
     /// The driver has seen these reasons.
     pub fn acknowledge(&self, reasons: u32) {
-        self.status.fetch_and(!reasons, Ordering::SeqCst);
+        self.window.register(INTERRUPT_STATUS).fetch_and(!reasons.to_le(), Ordering::SeqCst);
     }
 }

@@ -4,6 +4,7 @@
 //! - [`device`]: the contract between a device and its transport.
 //! - [`interrupt`]: how a device calls its driver, and why.
 //! - [`queue`]: a virtqueue as devices use it: bounded, and broken for good when the driver breaks the rules.
+//! - [`window`]: what a driver reads of a device, where it reads it.
 //! - [`mmio`]: the virtio-mmio transport; owns the queues and drives the device from the event loop.
 //! - [`balloon`], [`blk`], [`console`], [`fs`], [`mem`], [`net`], [`pmem`], [`rng`], [`vsock`]: one device a file or folder,
 //!   each in the same order: what it is, its limits, its errors, the device, its request processing, its tests.
@@ -43,6 +44,7 @@ mod testing;
 #[cfg(test)]
 mod tests;
 pub mod vsock;
+pub mod window;
 
 /// Guest memory as every part of the monitor sees it.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;

@@ -24,24 +24,22 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::QueueT;
 
 use crate::GuestMemory;
-use crate::device::{Broken, Event, Loop, Resources, Trigger, VirtioDevice};
+use crate::device::{Broken, Configuration, Event, Loop, Resources, Trigger, VirtioDevice};
 use crate::interrupt::{Interrupt, Line};
 use crate::queue::VirtQueue;
 use crate::state::{self, DeviceState, StateError, impossible};
+use crate::window::{CONFIGURATION_LENGTH, CONFIGURATION_SPACE, Window};
 
-/// The size of a device's register window in bytes.
-pub const WINDOW: u64 = 0x1000;
 /// The offset of the QueueNotify register, for `KVM_IOEVENTFD`.
 pub const QUEUE_NOTIFY: u64 = 0x50;
-/// The offset of the InterruptStatus register: [`Interrupt::status`], which needs no lock.
-pub const INTERRUPT_STATUS: u64 = 0x60;
 /// The offset of the InterruptACK register: [`Interrupt::acknowledge`], which needs no lock.
 pub const INTERRUPT_ACK: u64 = 0x64;
+/// The offset of the InterruptStatus register: see [`Interrupt`].
+pub(crate) const INTERRUPT_STATUS: u64 = 0x60;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"CFDM");
-const CONFIGURATION_SPACE: u64 = 0x100;
 /// The event's data for the first of the device's own descriptors; queues have their index.
 const BACKEND: u32 = 1 << 16;
 
@@ -57,6 +55,7 @@ pub struct MmioDevice {
     device: Box<dyn VirtioDevice>,
     memory: GuestMemory,
     queues: Vec<VirtQueue>,
+    window: Window,
     interrupt: Interrupt,
     status: u32,
     driver_features: u64,
@@ -77,20 +76,26 @@ struct Counters {
 }
 
 impl MmioDevice {
-    /// A device in its reset state, which interrupts by `line`.
+    /// A device in its reset state, which is read in `window` and interrupts by `line`.
     ///
     /// # Errors
     /// When the system has no descriptor left.
-    pub fn new(device: Box<dyn VirtioDevice>, memory: GuestMemory, line: Arc<dyn Line>) -> io::Result<Self> {
-        let interrupt = Interrupt::new(line);
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        memory: GuestMemory,
+        window: Window,
+        line: Arc<dyn Line>,
+    ) -> io::Result<Self> {
+        let interrupt = Interrupt::new(line, window.clone());
         let queues = (0u16..)
             .zip(device.queue_sizes())
             .map(|(index, size)| VirtQueue::new(index, *size, interrupt.clone()))
             .collect::<io::Result<_>>()?;
-        Ok(Self {
+        let mut new = Self {
             device,
             memory,
             queues,
+            window,
             interrupt,
             status: 0,
             driver_features: 0,
@@ -99,7 +104,10 @@ impl MmioDevice {
             selected_queue: 0,
             generation: 0,
             counters: Counters::default(),
-        })
+        };
+        new.introduce();
+        new.publish();
+        Ok(new)
     }
 
     /// The device's kind in a word.
@@ -198,6 +206,7 @@ impl MmioDevice {
             self.generation = 0;
             self.clear();
         }
+        self.publish();
         restored
     }
 
@@ -253,17 +262,33 @@ impl MmioDevice {
         }
     }
 
-    /// Handles a read of the window at `offset`. Registers are 4 bytes wide and aligned; other accesses read as zero.
-    pub fn read(&mut self, offset: u64, data: &mut [u8]) {
-        if let Some(offset) = offset.checked_sub(CONFIGURATION_SPACE) {
-            // The window is 4 KiB, so this fits; a wrong caller reads zeros behind the configuration space.
-            self.device.read_config(usize::try_from(offset).unwrap_or(usize::MAX), data);
-            return;
-        }
-        let value = self.read_register(offset);
-        data.fill(0);
-        if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
-            *data = value.to_le_bytes();
+    /// What the guest reads in the window at `offset`.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        self.window.read(offset, data);
+    }
+
+    /// Shows what never changes.
+    fn introduce(&self) {
+        // SHMLenLow and SHMLenHigh: the device has no shared memory (§4.2.2.1).
+        let no_memory = [(0xb0, u32::MAX), (0xb4, u32::MAX)];
+        let identity = [(0x00, MAGIC), (0x04, VERSION), (0x08, self.device.device_type()), (0x0c, VENDOR)];
+        identity.into_iter().chain(no_memory).for_each(|(offset, value)| self.window.put(offset, value));
+    }
+
+    /// Shows the registers and the configuration space as they are now. After everything that changes them, and before anybody
+    /// is told.
+    fn publish(&mut self) {
+        let queue = self.selected().map(|queue| (queue.ring().max_size(), queue.ring().ready()));
+        let (size, ready) = queue.unwrap_or_default();
+        self.window.put(0x10, half(self.offered(), self.device_features_high));
+        self.window.put(0x34, size.into());
+        self.window.put(0x44, ready.into());
+        self.window.put(0x70, self.status);
+        self.window.put(0xfc, self.generation);
+        for offset in (0..CONFIGURATION_LENGTH).step_by(8) {
+            let mut fields = [0; 8];
+            self.device.read_config(offset, &mut fields);
+            self.window.put_configuration(offset, &fields);
         }
     }
 
@@ -277,24 +302,7 @@ impl MmioDevice {
         } else if let Ok(data) = <[u8; 4]>::try_from(data) {
             self.write_register(offset, u32::from_le_bytes(data));
         }
-    }
-
-    fn read_register(&mut self, offset: u64) -> u32 {
-        match offset {
-            0x00 => MAGIC,
-            0x04 => VERSION,
-            0x08 => self.device.device_type(),
-            0x0c => VENDOR,
-            0x10 => half(self.offered(), self.device_features_high),
-            0x34 => self.selected().map_or(0, |queue| queue.ring().max_size().into()),
-            0x44 => self.selected().map_or(0, |queue| queue.ring().ready().into()),
-            INTERRUPT_STATUS => self.interrupt.status(),
-            0x70 => self.status,
-            // SHMLenLow and SHMLenHigh: the device has no shared memory (§4.2.2.1).
-            0xb0 | 0xb4 => u32::MAX,
-            0xfc => self.generation,
-            _ => 0,
-        }
+        self.publish();
     }
 
     fn write_register(&mut self, offset: u64, value: u32) {
@@ -419,12 +427,15 @@ impl MmioDevice {
     }
 
     fn call(&mut self, work: impl FnOnce(&mut dyn VirtioDevice, Resources<'_>) -> Result<(), Broken>) {
+        let Self { memory, queues, window, .. } = self;
         let mut changed = false;
-        let Self { memory, queues, .. } = self;
-        let resources = Resources { memory, queues, configuration_changed: &mut changed };
-        let outcome = work(&mut *self.device, resources);
+        let configuration = Configuration { window, changed: &mut changed };
+        let outcome = work(&mut *self.device, Resources { memory, queues, configuration });
         if changed {
-            // Before the interrupt: a driver that reads the space while it changes must see that it did (§4.2.2.1).
+            // A driver that reads the space while it changes sees another number before than after (§2.5.2): there is one of
+            // the time in between.
+            self.generation = self.generation.wrapping_add(1);
+            self.window.put(0xfc, self.generation);
             self.generation = self.generation.wrapping_add(1);
         }
         if let Err(Broken::Queue { .. } | Broken::Chain { .. }) = outcome {
@@ -433,6 +444,7 @@ impl MmioDevice {
             changed = true;
         }
         if changed {
+            self.publish();
             self.interrupt.raise(Interrupt::CONFIGURATION);
         }
     }

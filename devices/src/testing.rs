@@ -11,6 +11,7 @@ use crate::GuestMemory;
 use crate::device::{Event, Trigger, VirtioDevice};
 use crate::interrupt::Line;
 use crate::mmio::MmioDevice;
+use crate::window::{Window, Windows};
 
 /// Ring memory of queue N begins here, 64 KiB apart; buffers are for the test to place from [`BUFFERS`] on.
 const RINGS: u64 = 0x10_0000;
@@ -55,7 +56,11 @@ impl Line for Remembered {
 
 /// A device behind its registers, whose interrupts nobody takes.
 pub fn alone(device: Box<dyn VirtioDevice>, memory: &GuestMemory) -> MmioDevice {
-    MmioDevice::new(device, memory.clone(), Arc::new(Remembered::default())).unwrap()
+    MmioDevice::new(device, memory.clone(), window(), Arc::new(Remembered::default())).unwrap()
+}
+
+fn window() -> Window {
+    Windows::new(1).unwrap().window(0).unwrap()
 }
 
 /// Watches what a device hears of.
@@ -108,7 +113,7 @@ impl Driver {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap();
         let epoll = watch(&*device);
         let line = Arc::new(Remembered::default());
-        let device = MmioDevice::new(device, memory.clone(), Arc::clone(&line) as Arc<dyn Line>).unwrap();
+        let device = MmioDevice::new(device, memory.clone(), window(), Arc::clone(&line) as Arc<dyn Line>).unwrap();
         let count = device.queues().len();
         let none = vec![0; count];
         let (available, used, next_descriptor) = (none.clone(), none.clone(), none);
@@ -121,7 +126,7 @@ impl Driver {
         device.prepare();
         self.epoll = watch(&*device);
         let line = Arc::clone(&self.line) as Arc<dyn Line>;
-        self.device = MmioDevice::new(device, self.memory.clone(), line).unwrap();
+        self.device = MmioDevice::new(device, self.memory.clone(), window(), line).unwrap();
         self.device.restore(&state).unwrap();
     }
 

@@ -10,12 +10,13 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use api::config::VmConfig;
+use api::config::{DEVICES_MAX, VmConfig};
 use devices::GuestMemory;
 use devices::console::ConsoleOutput;
 use devices::device::Loop;
 use devices::mmio::MmioDevice;
 use devices::serial::Serial;
+use devices::window::Windows;
 use fuse::Export;
 use kvm_bindings::{CpuId, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -76,6 +77,9 @@ pub enum MachineError {
     /// The command line is too long.
     #[error("the kernel command line is longer than {} bytes", layout::COMMAND_LINE_SIZE)]
     CommandLine(#[source] linux_loader::cmdline::Error),
+    /// There is nowhere to read devices in.
+    #[error("cannot make the registers of devices")]
+    Windows(#[source] io::Error),
     /// A device cannot be made.
     #[error("cannot make the {device} device")]
     Device {
@@ -131,12 +135,14 @@ pub fn build(
     let memory = Arranged::new(config, &guest, pmem)?;
     let controls = memory.controls.clone();
     let vm = Arc::new(kvm_device.create_vm().map_err(kvm("create a VM"))?);
-    add_memory(&vm, &memory)?;
+    let windows = Windows::new(DEVICES_MAX).map_err(MachineError::Windows)?;
+    add_memory(&vm, &memory, &windows)?;
     vm.set_tss_address(layout::TSS).map_err(kvm("place the task state segment"))?;
     vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
 
     let console = ConsoleOutput::new(echo_console);
-    let devices = attach::devices(config, &vm, memory, Opened { drives, taps, exports, ports, socket }, &console)?;
+    let devices =
+        attach::devices(config, &vm, &windows, memory, Opened { drives, taps, exports, ports, socket }, &console)?;
     let event_loop = |device: &Arc<Mutex<MmioDevice>>| lock(device).event_loop();
     let loops = devices.iter().map(event_loop).collect();
     let serial = config.serial.then(|| Arc::new(Mutex::new(Serial::new(console.clone()))));
@@ -146,19 +152,25 @@ pub fn build(
     Ok(Machine { vcpus, bus: Bus::new(devices, serial), loops, console, memory: controls, vm })
 }
 
-fn add_memory(vm: &VmFd, memory: &Arranged) -> Result<(), MachineError> {
-    for (slot, region) in (0u32..).zip(memory.all.iter()) {
+fn add_memory(vm: &VmFd, memory: &Arranged, windows: &Windows) -> Result<(), MachineError> {
+    let ram = memory.all.iter().map(|region| {
         let start = region.start_addr().0;
+        (start, region.as_ptr(), region.len(), memory.is_writable(start))
+    });
+    let windows = windows.region();
+    let windows = (layout::VIRTIO, windows.as_ptr(), windows.size() as u64, false);
+    for (slot, (start, host, length, writable)) in (0u32..).zip(ram.chain([windows])) {
         let slot = kvm_userspace_memory_region {
             slot,
             guest_phys_addr: start,
-            memory_size: region.len(),
-            userspace_addr: region.as_ptr() as u64,
-            // A write then leaves the guest as one to a device that is not there, and is ignored.
-            flags: if memory.is_writable(start) { 0 } else { KVM_MEM_READONLY },
+            memory_size: length,
+            userspace_addr: host as u64,
+            // A write then leaves the guest as one to a device, which ignores it where there is none.
+            flags: if writable { 0 } else { KVM_MEM_READONLY },
         };
         #[expect(unsafe_code, reason = "KVM gets memory by address")]
-        // SAFETY: the region is memory that was mapped for the guest and is never unmapped or used otherwise.
+        // SAFETY: the region is memory that was mapped for the guest, or for what it reads of devices. Neither is used
+        // otherwise, and the devices, whom the vCPUs' threads hold, hold both.
         unsafe { vm.set_user_memory_region(slot) }.map_err(kvm("add guest memory"))?;
     }
     Ok(())

@@ -202,12 +202,14 @@ impl VirtioDevice for Balloon {
     }
 
     fn process(&mut self, resources: Resources<'_>, event: Event) -> Result<(), Broken> {
-        let Resources { memory, queues, configuration_changed } = resources;
+        let Resources { memory, queues, mut configuration } = resources;
         let index = match event {
             Event::Queue(index) => index,
             Event::Backend(_) => {
                 let target = self.host.target_pages();
-                *configuration_changed = std::mem::replace(&mut self.told, target) != target;
+                if std::mem::replace(&mut self.told, target) != target {
+                    configuration.change();
+                }
                 match self.statistics {
                     Some(index) => index,
                     None => return Ok(()),

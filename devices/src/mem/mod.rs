@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use self::host::{BLOCK, HostMem};
 use crate::GuestMemory;
-use crate::device::{Broken, Event, Resources, Trigger, VirtioDevice, Watch, read_config_bytes};
+use crate::device::{Broken, Configuration, Event, Resources, Trigger, VirtioDevice, Watch, read_config_bytes};
 use crate::queue::{Buffers, Chain};
 use crate::reclaim::discard_range;
 use crate::state::{self, StateError, impossible};
@@ -31,6 +31,8 @@ const REQUEST_LENGTH: usize = 24;
 /// The length of every response.
 const RESPONSE_LENGTH: u32 = 10;
 const QUEUE_SIZES: [u16; 1] = [16];
+/// The offset of plugged_size in the configuration space.
+const PLUGGED_SIZE: usize = 40;
 
 const PLUG: u16 = 0;
 const UNPLUG: u16 = 1;
@@ -115,11 +117,17 @@ impl Mem {
     }
 
     /// Serves one request and returns how many bytes were written into its buffers.
-    fn serve(&mut self, memory: &GuestMemory, chain: Chain<'_>) -> Result<u32, &'static str> {
+    fn serve(
+        &mut self,
+        memory: &GuestMemory,
+        configuration: &mut Configuration<'_>,
+        chain: Chain<'_>,
+    ) -> Result<u32, &'static str> {
         let mut request = [0; REQUEST_LENGTH];
         let mut buffers = Buffers::of(memory, chain)?;
         buffers.take(&mut request).ok_or("a request is too short")?;
         let response = self.execute(memory, request);
+        configuration.update(PLUGGED_SIZE, &self.plugged.to_le_bytes());
         if matches!(response, Response::Refused | Response::Busy | Response::Error) {
             self.counters.refused_requests += 1;
         }
@@ -207,13 +215,17 @@ impl VirtioDevice for Mem {
     }
 
     fn process(&mut self, resources: Resources<'_>, event: Event) -> Result<(), Broken> {
-        let Resources { memory, queues: [queue], configuration_changed } = resources else { return Ok(()) };
+        let Resources { memory, queues: [queue], mut configuration } = resources else { return Ok(()) };
         if let Event::Backend(_) = event {
             let requested = self.host.requested();
-            *configuration_changed = std::mem::replace(&mut self.told, requested) != requested;
+            if std::mem::replace(&mut self.told, requested) != requested {
+                configuration.change();
+            }
             return Ok(());
         }
-        queue.for_each(memory, |chain| self.serve(memory, chain).map_err(|reason| Broken::Chain { queue: 0, reason }))
+        queue.for_each(memory, |chain| {
+            self.serve(memory, &mut configuration, chain).map_err(|reason| Broken::Chain { queue: 0, reason })
+        })
     }
 
     /// Blocks stay plugged, with what is in them (§5.15.5.2); a driver that begins anew unplugs them.

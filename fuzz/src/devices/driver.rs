@@ -8,6 +8,7 @@ use devices::device::VirtioDevice;
 use devices::interrupt::Line;
 use devices::mmio::MmioDevice;
 use devices::reclaim::discard_range;
+use devices::window::Windows;
 use event_manager::{EventManager, SubscriberOps as _};
 use vm_memory::{Bytes as _, GuestAddress};
 
@@ -85,7 +86,8 @@ pub fn drive(device: Box<dyn VirtioDevice>, backend: &mut dyn Backend, input: &m
     let memory = GUEST_MEMORY.with(Clone::clone);
     // As it was when it was new.
     discard_range(&memory, &(0..MEMORY));
-    let device = MmioDevice::new(device, memory.clone(), Arc::new(Unheard)).expect("there are descriptors");
+    let window = Windows::new(1).expect("there is memory").window(0).expect("there is one");
+    let device = MmioDevice::new(device, memory.clone(), window, Arc::new(Unheard)).expect("there are descriptors");
     let rings = vec![Ring::default(); device.queues().len()];
     let device = Arc::new(Mutex::new(device));
     let mut events = EventManager::new().expect("there are descriptors");

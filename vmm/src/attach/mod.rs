@@ -7,6 +7,7 @@ pub(crate) mod memory;
 mod network;
 
 use std::fs::File;
+use std::io;
 use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex};
 
@@ -17,12 +18,13 @@ use devices::console::{Console, ConsoleOutput};
 use devices::device::VirtioDevice;
 use devices::interrupt::Line;
 use devices::mem::Mem;
-use devices::mmio::{MmioDevice, QUEUE_NOTIFY, WINDOW};
+use devices::mmio::{MmioDevice, QUEUE_NOTIFY};
 use devices::net::tap::Tap;
 use devices::pmem::Pmem;
 use devices::rng::Rng;
 use devices::vsock::Vsock;
 use devices::vsock::ports::HostPorts;
+use devices::window::{WINDOW, Windows};
 use fuse::Export;
 use kvm_ioctls::{IoEventAddress, VmFd};
 
@@ -51,6 +53,7 @@ pub(crate) struct Opened {
 pub(crate) fn devices(
     config: &VmConfig,
     vm: &Arc<VmFd>,
+    windows: &Windows,
     memory: Arranged,
     opened: Opened,
     console: &ConsoleOutput,
@@ -92,7 +95,9 @@ pub(crate) fn devices(
         .zip(devices)
         .map(|(index, (name, device))| {
             let line = Arc::new(Pin { vm: Arc::clone(vm), number: VIRTIO_IRQ + index });
-            let device = MmioDevice::new(device, memory.all.clone(), line).map_err(failed(name))?;
+            let none = || io::Error::other("there are too many devices");
+            let window = windows.window(index as usize).ok_or_else(none).map_err(failed(name))?;
+            let device = MmioDevice::new(device, memory.all.clone(), window, line).map_err(failed(name))?;
             connect(vm, &device, index)?;
             Ok(Arc::new(Mutex::new(device)))
         })

@@ -4,7 +4,7 @@ use linux_loader::cmdline::{Cmdline, Error as CmdlineError};
 use vm_memory::GuestAddress;
 
 use crate::layout::{COMMAND_LINE_SIZE, VIRTIO, VIRTIO_IRQ};
-use devices::mmio::WINDOW;
+use devices::window::WINDOW;
 
 /// What every guest is told.
 ///

@@ -30,7 +30,8 @@ fn run(read_only: bool) -> (u64, u64, Vec<u64>, u64) {
     let memory = Arranged::new(&config, &ram, vec![backing.unwrap()]).unwrap();
     let kvm = Kvm::new().unwrap();
     let vm = kvm.create_vm().unwrap();
-    add_memory(&vm, &memory).unwrap();
+    let windows = Windows::new(1).unwrap();
+    add_memory(&vm, &memory, &windows).unwrap();
     let mut vcpu = vm.create_vcpu(0).unwrap();
     vcpu.set_cpuid2(&kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).unwrap()).unwrap();
     let mut special = vcpu.get_sregs().unwrap();

@@ -1,0 +1,109 @@
+//! The registers of devices as their drivers read them (VIRTIO 1.2 §4.2.2, "MMIO Device Register Layout"): memory that the
+//! guest may read and not write.
+//!
+//! A driver reads registers without leaving the guest: what there is to read stands there before it looks. What it writes
+//! leaves the guest as ever ([`crate::mmio`]). No buffer of a driver's can lie here, since this is no part of guest memory.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use vm_memory::{Bytes as _, MmapRegion, VolatileMemory as _};
+
+/// The size of a device's register window in bytes.
+pub const WINDOW: u64 = 0x1000;
+/// The offset of the device's configuration space in its window.
+pub const CONFIGURATION_SPACE: u64 = 0x100;
+/// How much of a configuration space is shown, in bytes: more than any of our devices has. What is behind it reads as zero.
+pub const CONFIGURATION_LENGTH: usize = 64;
+
+/// The windows of some devices, one behind the other.
+#[derive(Debug)]
+pub struct Windows(Arc<MmapRegion>);
+
+impl Windows {
+    /// Windows for so many devices, all of it zero.
+    ///
+    /// # Errors
+    /// When the system has no memory left.
+    pub fn new(count: usize) -> io::Result<Self> {
+        MmapRegion::new(count * WINDOW as usize).map(Arc::new).map(Self).map_err(io::Error::other)
+    }
+
+    /// What the guest is to see in its place.
+    pub fn region(&self) -> &MmapRegion {
+        &self.0
+    }
+
+    /// The window of the device at this position; `None` behind the last one.
+    pub fn window(&self, index: usize) -> Option<Window> {
+        let start = index.checked_mul(WINDOW as usize)?;
+        (start < self.0.size()).then(|| Window { region: Arc::clone(&self.0), start })
+    }
+}
+
+/// The window of one device.
+#[derive(Debug, Clone)]
+pub struct Window {
+    region: Arc<MmapRegion>,
+    start: usize,
+}
+
+impl Window {
+    /// A register, which is one of [`WINDOW`] and aligned.
+    pub(crate) fn register(&self, offset: u64) -> &AtomicU32 {
+        let register = self.region.get_atomic_ref(self.start + offset as usize);
+        register.expect("a window is a page, and registers are constants in it")
+    }
+
+    /// Has a register read as `value`.
+    pub(crate) fn put(&self, offset: u64, value: u32) {
+        self.register(offset).store(value.to_le(), Ordering::SeqCst);
+    }
+
+    /// Has a field of the configuration space read as `value`. It must lie within [`CONFIGURATION_LENGTH`].
+    pub(crate) fn put_configuration(&self, offset: usize, value: &[u8]) {
+        let offset = self.start + CONFIGURATION_SPACE as usize + offset;
+        let written = self.region.as_volatile_slice().write_slice(value, offset);
+        written.expect("a window is a page, and fields are constants in it");
+    }
+
+    /// Reads what a driver reads at `offset`; zeros behind the window.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let Some(rest) = WINDOW.checked_sub(offset) else { return };
+        let length = data.len().min(rest as usize);
+        let read = self.region.as_volatile_slice().read_slice(&mut data[..length], self.start + offset as usize);
+        read.expect("a window is a page");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_lie_one_behind_the_other() {
+        let windows = Windows::new(2).unwrap();
+        let [first, second] = [0, 1].map(|index| windows.window(index).unwrap());
+        assert!(windows.window(2).is_none() && windows.window(usize::MAX).is_none());
+        first.put(0xffc, 7);
+        second.put(0, 9);
+        let mut both = [0; 8];
+        windows.region().as_volatile_slice().read_slice(&mut both, 0xffc).unwrap();
+        assert_eq!(both, [7, 0, 0, 0, 9, 0, 0, 0]);
+    }
+
+    #[test]
+    fn a_read_ends_with_the_window() {
+        let windows = Windows::new(2).unwrap();
+        let [first, second] = [0, 1].map(|index| windows.window(index).unwrap());
+        first.put(0xffc, u32::MAX);
+        second.put(0, u32::MAX);
+        for (offset, expected) in [(0xffe, [0xff, 0xff, 0, 0]), (0x1000, [0; 4]), (u64::MAX, [0; 4])] {
+            let mut data = [1; 4];
+            first.read(offset, &mut data);
+            assert_eq!(data, expected, "{offset:#x}");
+        }
+    }
+}
