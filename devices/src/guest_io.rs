@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use smallvec::SmallVec;
 use vm_memory::VolatileSlice;
 
 /// The most buffers passed in one call; Linux takes 1,024 (`UIO_MAXIOV`), and a chain is at most a queue long.
@@ -104,8 +105,8 @@ fn with_vectors<T>(
     buffers: &[VolatileSlice<'_>],
     call: impl FnOnce(&mut [libc::iovec]) -> io::Result<T>,
 ) -> io::Result<T> {
-    let guards: Vec<_> = buffers.iter().map(VolatileSlice::ptr_guard_mut).collect();
-    let mut vectors: Vec<libc::iovec> =
+    let guards: SmallVec<[_; 4]> = buffers.iter().map(VolatileSlice::ptr_guard_mut).collect();
+    let mut vectors: SmallVec<[libc::iovec; 4]> =
         guards.iter().map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() }).collect();
     call(&mut vectors)
 }

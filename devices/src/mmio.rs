@@ -11,7 +11,6 @@
 //! ```
 
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -453,7 +452,9 @@ impl MmioDevice {
 impl MutEventSubscriber for MmioDevice {
     fn init(&mut self, ops: &mut EventOps) {
         for (index, queue) in (0u32..).zip(&self.queues) {
-            ops.add(Events::with_data(queue.kick(), index, EventSet::IN)).expect("an eventfd can be watched");
+            // An edge: each notification is one, whether the eventfd was read meanwhile or not, and so it never is.
+            let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            ops.add(Events::with_data(queue.kick(), index, events)).expect("an eventfd can be watched");
         }
         self.device.prepare();
         for (index, watch) in (BACKEND..).zip(self.device.watched()) {
@@ -467,14 +468,11 @@ impl MutEventSubscriber for MmioDevice {
     }
 
     fn process(&mut self, events: Events, _: &mut EventOps) {
-        if let Some(index) = events.data().checked_sub(BACKEND) {
-            self.dispatch(Event::Backend(index as usize));
-        } else if let Some((index, queue)) =
-            (0u16..).zip(&self.queues).find(|(_, q)| q.kick().as_raw_fd() == events.fd())
-        {
-            // Cleared before the queue is looked at, so that a kick in between is not lost.
-            let _ = queue.kick().read();
-            self.dispatch(Event::Queue(index));
+        match (events.data().checked_sub(BACKEND), u16::try_from(events.data())) {
+            (Some(index), _) => self.dispatch(Event::Backend(index as usize)),
+            (None, Ok(index)) => self.dispatch(Event::Queue(index)),
+            // No queue has such a number.
+            (None, Err(_)) => {}
         }
     }
 }

@@ -4,8 +4,9 @@ use std::io;
 use std::num::Wrapping;
 use std::sync::atomic::{Ordering, fence};
 
+use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemory as _, Permissions, VolatileSlice};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, Permissions, VolatileSlice};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::GuestMemory;
@@ -48,37 +49,60 @@ pub struct Buffers<'m> {
     pub writable_end: Option<GuestAddress>,
 }
 
+/// Calls `found` with each piece of memory that the buffers of a chain are in, and with the descriptor that it is of. The only
+/// way to walk a chain that its driver made as long as it liked: an indirect table may claim 65,535 descriptors, and a few that
+/// lead to each other are as many.
+///
+/// # Errors
+/// What is wrong with the chain: it reaches out of memory, or has more buffers than a queue has places (§2.7.5.3.1).
+pub fn walk<'m>(
+    memory: &'m GuestMemory,
+    chain: Chain<'m>,
+    mut found: impl FnMut(&Descriptor, VolatileSlice<'m>),
+) -> Result<(), &'static str> {
+    const OUTSIDE: &str = "a buffer lies outside of memory";
+    const TOO_MANY: &str = "a request has too many buffers";
+    let (mut descriptors, mut pieces) = (0, 0);
+    for descriptor in chain {
+        let (address, length) = (descriptor.addr(), descriptor.len() as usize);
+        // Also of those that are empty.
+        descriptors += 1;
+        if descriptors.max(pieces) > BUFFERS_MAX {
+            return Err(TOO_MANY);
+        }
+        // Nearly always it is in one piece, which is found much faster.
+        if length > 0
+            && let Ok(slice) = GuestMemoryBackend::get_slice(memory, address, length)
+        {
+            pieces += 1;
+            found(&descriptor, slice);
+            continue;
+        }
+        let access = if descriptor.is_write_only() { Permissions::Write } else { Permissions::Read };
+        let slices = vm_memory::GuestMemory::get_slices(memory, address, length, access);
+        for slice in slices.map_err(|_| OUTSIDE)? {
+            pieces += 1;
+            found(&descriptor, slice.map_err(|_| OUTSIDE)?);
+        }
+    }
+    if pieces > BUFFERS_MAX { Err(TOO_MANY) } else { Ok(()) }
+}
+
 impl<'m> Buffers<'m> {
-    /// Looks the descriptors of a chain up in guest memory. The only way to walk a chain that its driver made as long as it
-    /// liked: an indirect table may claim 65,535 descriptors, and a few that lead to each other are as many.
+    /// Looks the buffers of a chain up in guest memory.
     ///
     /// # Errors
-    /// What is wrong with the chain: it reaches out of memory, or has more buffers than a queue has places (§2.7.5.3.1).
+    /// As [`walk`].
     pub fn of(memory: &'m GuestMemory, chain: Chain<'m>) -> Result<Self, &'static str> {
-        const OUTSIDE: &str = "a buffer lies outside of memory";
-        const TOO_MANY: &str = "a request has too many buffers";
         let mut buffers = Self::default();
-        for (count, descriptor) in chain.enumerate() {
-            // Also of those that are empty.
-            if count >= BUFFERS_MAX {
-                return Err(TOO_MANY);
-            }
-            if descriptor.is_write_only() && descriptor.len() > 0 {
+        walk(memory, chain, |descriptor, slice| {
+            if descriptor.is_write_only() {
                 buffers.writable_end = descriptor.addr().checked_add(u64::from(descriptor.len()) - 1);
-            }
-            let (side, access) = if descriptor.is_write_only() {
-                (&mut buffers.writable, Permissions::Write)
+                buffers.writable.push(slice);
             } else {
-                (&mut buffers.readable, Permissions::Read)
-            };
-            let slices = memory.get_slices(descriptor.addr(), descriptor.len() as usize, access);
-            for slice in slices.map_err(|_| OUTSIDE)? {
-                side.push(slice.map_err(|_| OUTSIDE)?);
+                buffers.readable.push(slice);
             }
-            if side.len() > BUFFERS_MAX {
-                return Err(TOO_MANY);
-            }
-        }
+        })?;
         Ok(buffers)
     }
 

@@ -65,6 +65,8 @@ const SPACE_LENGTH: usize = 60;
 const ROUNDS_MAX: u32 = 8;
 /// How long the end of a VM waits for a disk.
 const DRAIN_MAX: Duration = Duration::from_secs(10);
+/// After so many reads of which the page cache had nothing it is asked only at one in as many.
+const MISSES_MAX: u64 = 16;
 /// The position of the ring among what is watched; the limiter comes after it.
 const RING: usize = 0;
 
@@ -96,6 +98,8 @@ pub struct Blk {
     write_through: bool,
     /// Whether the page cache tells what it has.
     cache_tells: bool,
+    /// How often in a row it had nothing.
+    misses: u64,
     /// Whether a request was left in its queue because too much was under way.
     stalled: bool,
     /// The queue that is looked at first.
@@ -142,6 +146,7 @@ impl Blk {
             pending: vec![None; DEPTH.into()],
             write_through: false,
             cache_tells: true,
+            misses: 0,
             stalled: false,
             first_queue: 0,
             counters: Counters::default(),

@@ -21,11 +21,13 @@ use crate::GuestMemory;
 use crate::device::Broken;
 use crate::guest_io::BUFFERS_MAX;
 use crate::limit::Limiter;
-use crate::queue::{Buffers, VirtQueue};
+use crate::queue::{VirtQueue, walk};
 
 /// The most slices gathered, so that with those of one more chain, the header and the device's own memory there are no more
 /// than a call takes (`UIO_MAXIOV`).
 const SLICES_MAX: usize = 1024 - 2 * BUFFERS_MAX;
+/// How many buffers of a page the longest frame takes.
+const PAGES: usize = FRAME_MAX.div_ceil(4096);
 
 /// What all receive queues have in common, and what is kept of each tap.
 #[derive(Debug)]
@@ -226,7 +228,8 @@ struct Place {
 impl<'m> Room<'m> {
     fn new(memory: &'m GuestMemory, features: u64) -> Self {
         let mergeable = has(features, VIRTIO_NET_F_MRG_RXBUF);
-        Self { memory, mergeable, chains: Vec::new(), slices: Vec::new(), length: 0 }
+        let (chains, slices) = (Vec::with_capacity(PAGES), Vec::with_capacity(PAGES));
+        Self { memory, mergeable, chains, slices, length: 0 }
     }
 
     /// Takes chains until a frame of this length fits: one, unless the driver puts several together.
@@ -237,14 +240,20 @@ impl<'m> Room<'m> {
             }
             let Some(chain) = queue.pop(self.memory)? else { break };
             let head = chain.head_index();
-            let Buffers { writable, .. } = Buffers::of(self.memory, chain).map_err(|reason| queue.malformed(reason))?;
-            let length = writable.iter().map(|slice| slice.len()).sum();
-            if length < HEADER {
+            let mut place = Place { head, slices: 0, length: 0 };
+            let found = walk(self.memory, chain, |descriptor, slice| {
+                if descriptor.is_write_only() {
+                    place.slices += 1;
+                    place.length += slice.len();
+                    self.slices.push(slice);
+                }
+            });
+            found.map_err(|reason| queue.malformed(reason))?;
+            if place.length < HEADER {
                 return Err(queue.malformed("a receive buffer has no room for a header"));
             }
-            self.chains.push(Place { head, slices: writable.len(), length });
-            self.slices.extend(writable);
-            self.length += length;
+            self.length += place.length;
+            self.chains.push(place);
         }
         Ok(())
     }
@@ -272,7 +281,7 @@ impl<'m> Room<'m> {
     /// Hands a frame of this length to the driver, whose content is in its place already.
     fn fill(&mut self, queue: &mut VirtQueue, mut header: [u8; HEADER], length: usize) -> Result<(), Broken> {
         let (mut rest, mut slices) = (length, 0);
-        let mut used = Vec::new();
+        let mut used = Vec::with_capacity(self.chains.len());
         for place in &self.chains {
             let part = rest.min(place.length);
             used.push((place.head, u32::try_from(part).unwrap_or(u32::MAX)));

@@ -1,6 +1,6 @@
 //! All connections of a socket device: from packets to connections and back.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::io::Write as _;
 use std::ops::Range;
@@ -39,7 +39,7 @@ const OP_CREDIT_UPDATE: u16 = 6;
 const OP_CREDIT_REQUEST: u16 = 7;
 
 /// Both ports of a connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Key {
     host: u32,
     guest: u32,
@@ -92,7 +92,8 @@ pub(super) struct Muxer {
     epoll: Arc<OwnedFd>,
     callers: Callers,
     next_port: u32,
-    connections: HashMap<Key, Connection>,
+    /// Ordered, so that no choice of ports makes one hard to find, which is done twice for each packet.
+    connections: BTreeMap<Key, Connection>,
     /// Connections that have something to tell, each at most once.
     listed: VecDeque<Key>,
     resets: VecDeque<Reset>,
@@ -120,7 +121,7 @@ impl Muxer {
     pub(super) fn new(ports: HostPorts, listener: Option<UnixListener>) -> io::Result<Self> {
         let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?);
         let callers = Callers::new(listener, &epoll, Token::Listener.to_number())?;
-        let (connections, listed, resets) = (HashMap::new(), VecDeque::new(), VecDeque::new());
+        let (connections, listed, resets) = (BTreeMap::new(), VecDeque::new(), VecDeque::new());
         let (next_port, counters) = (OWN_PORTS.start, Counters::default());
         Ok(Self { ports, epoll, callers, next_port, connections, listed, resets, counters })
     }
