@@ -16,9 +16,9 @@ use devices::balloon::Balloon;
 use devices::blk::Blk;
 use devices::console::{Console, ConsoleOutput};
 use devices::device::VirtioDevice;
-use devices::interrupt::Line;
+use devices::interrupt::{Interrupt, Line};
 use devices::mem::Mem;
-use devices::mmio::{MmioDevice, QUEUE_NOTIFY};
+use devices::mmio::{INTERRUPT_ACK, MmioDevice, QUEUE_NOTIFY};
 use devices::net::tap::Tap;
 use devices::pmem::Pmem;
 use devices::rng::Rng;
@@ -27,6 +27,7 @@ use devices::vsock::ports::HostPorts;
 use devices::window::{WINDOW, Windows};
 use fuse::Export;
 use kvm_ioctls::{IoEventAddress, VmFd};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::memory::{Arranged, Persistent};
 use crate::layout::{VIRTIO, VIRTIO_IRQ};
@@ -91,6 +92,7 @@ pub(crate) fn devices(
         devices.push(("pmem", Box::new(Pmem::new(file, range))));
     }
 
+    let acknowledged = EventFd::new(EFD_NONBLOCK).map_err(failed("eventfd of every"))?;
     (0u32..)
         .zip(devices)
         .map(|(index, (name, device))| {
@@ -98,7 +100,7 @@ pub(crate) fn devices(
             let none = || io::Error::other("there are too many devices");
             let window = windows.window(index as usize).ok_or_else(none).map_err(failed(name))?;
             let device = MmioDevice::new(device, memory.all.clone(), window, line).map_err(failed(name))?;
-            connect(vm, &device, index)?;
+            connect(vm, &device, &acknowledged, index)?;
             Ok(Arc::new(Mutex::new(device)))
         })
         .collect()
@@ -123,11 +125,15 @@ impl Line for Pin {
     }
 }
 
-/// Connects a device's notifications with the VM.
-fn connect(vm: &VmFd, device: &MmioDevice, index: u32) -> Result<(), MachineError> {
-    let notify = IoEventAddress::Mmio(VIRTIO + u64::from(index) * WINDOW + QUEUE_NOTIFY);
+/// Connects what a driver writes while it is at work with the VM, so that it does not come to the monitor: notifications, and
+/// acknowledgements of interrupts for used buffers, of which nobody hears at all. That the device used a buffer is then still
+/// among the reasons when it interrupts for another one, and the driver looks at its queues once more.
+fn connect(vm: &VmFd, device: &MmioDevice, acknowledged: &EventFd, index: u32) -> Result<(), MachineError> {
+    let register = |offset| IoEventAddress::Mmio(VIRTIO + u64::from(index) * WINDOW + offset);
     for (number, queue) in (0u32..).zip(device.queues()) {
-        vm.register_ioevent(queue.kick(), &notify, number).map_err(kvm("connect a queue's notification"))?;
+        let connected = vm.register_ioevent(queue.kick(), &register(QUEUE_NOTIFY), number);
+        connected.map_err(kvm("connect a queue's notification"))?;
     }
-    Ok(())
+    let connected = vm.register_ioevent(acknowledged, &register(INTERRUPT_ACK), Interrupt::USED);
+    connected.map_err(kvm("connect a device's acknowledgements"))
 }
