@@ -6,6 +6,7 @@
 use std::os::fd::RawFd;
 
 use thiserror::Error;
+use vmm_sys_util::epoll::EventSet;
 
 use crate::GuestMemory;
 use crate::queue::VirtQueue;
@@ -64,13 +65,23 @@ pub struct Watch {
     pub trigger: Trigger,
 }
 
-/// When a device hears of a descriptor.
+/// When a device hears of a descriptor: at edges, since it may stay ready while the driver has no buffers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Trigger {
-    /// As long as it is readable.
+    /// Each time that it becomes readable.
     Readable,
-    /// Each time that it becomes readable or writable: for one that may stay ready while the driver has no buffers.
-    Edge,
+    /// Each time that it becomes readable or writable.
+    Either,
+}
+
+impl Trigger {
+    /// What to ask an event loop for.
+    pub(crate) fn events(self) -> EventSet {
+        match self {
+            Self::Readable => EventSet::IN | EventSet::EDGE_TRIGGERED,
+            Self::Either => EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED,
+        }
+    }
 }
 
 /// What a device works with while it is called.

@@ -133,7 +133,7 @@ impl Limiter {
     /// The timer, for [`VirtioDevice::watched`](crate::device::VirtioDevice::watched). Heard of once each time: a device that
     /// was reset while it waited would otherwise be told of its timer for ever.
     pub fn watch(&self) -> Watch {
-        Watch { descriptor: self.descriptor(), trigger: Trigger::Edge }
+        Watch { descriptor: self.descriptor(), trigger: Trigger::Readable }
     }
 
     /// The timer's descriptor: readable when the wait is over.

@@ -13,7 +13,7 @@
 use std::io;
 use std::sync::Arc;
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use event_manager::{EventOps, Events, MutEventSubscriber};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
@@ -453,16 +453,12 @@ impl MutEventSubscriber for MmioDevice {
     fn init(&mut self, ops: &mut EventOps) {
         for (index, queue) in (0u32..).zip(&self.queues) {
             // An edge: each notification is one, whether the eventfd was read meanwhile or not, and so it never is.
-            let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
-            ops.add(Events::with_data(queue.kick(), index, events)).expect("an eventfd can be watched");
+            let kick = Events::with_data(queue.kick(), index, Trigger::Readable.events());
+            ops.add(kick).expect("an eventfd can be watched");
         }
         self.device.prepare();
         for (index, watch) in (BACKEND..).zip(self.device.watched()) {
-            let events = match watch.trigger {
-                Trigger::Readable => EventSet::IN,
-                Trigger::Edge => EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED,
-            };
-            ops.add(Events::with_data_raw(watch.descriptor, index, events))
+            ops.add(Events::with_data_raw(watch.descriptor, index, watch.trigger.events()))
                 .expect("a device's descriptor can be watched");
         }
     }

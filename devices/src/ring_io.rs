@@ -22,7 +22,6 @@ use io_uring::types::{FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode, types};
 use rustix::fs::{FallocateFlags, fallocate};
 use vm_memory::{GuestMemoryBackend, VolatileSlice};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::GuestMemory;
 use crate::guest_io::{advance, read_vectors, write_vectors};
@@ -110,7 +109,6 @@ pub struct RingIo {
     ring: Option<IoUring>,
     /// Whether the ring is only there for what it has taken.
     retired: bool,
-    completion: EventFd,
     /// The memory that operations use.
     memory: Option<GuestMemory>,
     slots: Vec<Slot>,
@@ -130,29 +128,24 @@ impl std::fmt::Debug for RingIo {
 
 impl RingIo {
     /// Does without a ring, until one is made.
-    ///
-    /// # Errors
-    /// When the system has no descriptor left.
-    pub fn new(file: File) -> io::Result<Self> {
-        let completion = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+    pub fn new(file: File) -> Self {
         let slot = || Slot { task: Task::Sync, offset: 0, vectors: Vec::new(), first: 0 };
-        Ok(Self {
+        Self {
             file,
             ring: None,
             retired: false,
-            completion,
             memory: None,
             slots: (0..DEPTH).map(|_| slot()).collect(),
             free: (0..DEPTH).rev().collect(),
             unsubmitted: VecDeque::new(),
             ready: VecDeque::new(),
-        })
+        }
     }
 
     /// Makes a ring, if there is none and the host lets us.
     pub fn make_ring(&mut self) {
         if self.ring.is_none() {
-            self.ring = ring(&self.file, &self.completion).ok();
+            self.ring = ring(&self.file).ok();
         }
     }
 
@@ -166,9 +159,10 @@ impl RingIo {
         &self.file
     }
 
-    /// Becomes readable with each completed operation of the ring; to be watched for edges, and never read.
-    pub fn descriptor(&self) -> RawFd {
-        self.completion.as_raw_fd()
+    /// Becomes readable with each completed operation of the ring, if there is one, and stays so until all were taken. What was
+    /// taken already when somebody looks is not told of: nobody is woken up for what was done at once.
+    pub fn descriptor(&self) -> Option<RawFd> {
+        self.ring.as_ref().map(AsRawFd::as_raw_fd)
     }
 
     /// Whether another operation can be started.
@@ -411,14 +405,13 @@ impl Slot {
     }
 }
 
-/// Makes a ring that can work with one file only, and tells of what it has done at `completion`.
-fn ring(file: &File, completion: &EventFd) -> io::Result<IoUring> {
+/// Makes a ring that can work with one file only.
+fn ring(file: &File) -> io::Result<IoUring> {
     let ring = IoUring::builder().setup_r_disabled().build(DEPTH.into())?;
     if !ring.params().is_feature_ext_arg() || !ring.params().is_feature_nodrop() {
         return Err(io::ErrorKind::Unsupported.into());
     }
     let submitter = ring.submitter();
-    submitter.register_eventfd(completion.as_raw_fd())?;
     submitter.register_files(&[file.as_raw_fd()])?;
     // Since Linux 5.15; before, as many as four for each CPU.
     let _ = submitter.register_iowq_max_workers(&mut [WORKERS_MAX; 2]);

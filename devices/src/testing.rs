@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
 
 use crate::GuestMemory;
-use crate::device::{Event, Trigger, VirtioDevice};
+use crate::device::{Event, VirtioDevice};
 use crate::interrupt::Line;
 use crate::mmio::MmioDevice;
 use crate::window::{Window, Windows};
@@ -67,11 +67,7 @@ fn window() -> Window {
 fn watch(device: &dyn VirtioDevice) -> Epoll {
     let epoll = Epoll::new().unwrap();
     for (index, watch) in (0u64..).zip(device.watched()) {
-        let events = match watch.trigger {
-            Trigger::Readable => EventSet::IN,
-            Trigger::Edge => EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED,
-        };
-        epoll.ctl(ControlOperation::Add, watch.descriptor, EpollEvent::new(events, index)).unwrap();
+        epoll.ctl(ControlOperation::Add, watch.descriptor, EpollEvent::new(watch.trigger.events(), index)).unwrap();
     }
     epoll
 }

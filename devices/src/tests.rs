@@ -269,7 +269,7 @@ fn use_disk(driver: &mut Driver) {
 
 #[test]
 fn every_figure_of_a_disk_counts() {
-    let mut io = RingIo::new(disk()).unwrap();
+    let mut io = RingIo::new(disk());
     io.make_ring();
     let mut expected = BTreeSet::from(["stalls"]);
     if !io.has_ring() {

@@ -259,7 +259,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn watched(&self) -> Vec<Watch> {
-        vec![Watch { descriptor: self.host.descriptor(), trigger: Trigger::Edge }]
+        vec![Watch { descriptor: self.host.descriptor(), trigger: Trigger::Readable }]
     }
 
     fn metrics(&self) -> Vec<(&'static str, u64)> {

@@ -67,8 +67,6 @@ const ROUNDS_MAX: u32 = 8;
 const DRAIN_MAX: Duration = Duration::from_secs(10);
 /// After so many reads of which the page cache had nothing it is asked only at one in as many.
 const MISSES_MAX: u64 = 16;
-/// The position of the ring among what is watched; the limiter comes after it.
-const RING: usize = 0;
 
 /// What a block device is to be.
 #[derive(Debug, Default)]
@@ -126,9 +124,9 @@ impl Blk {
     /// A device as large as the file, in whole sectors.
     ///
     /// # Errors
-    /// When the file's length cannot be found, or the system has no descriptor left.
+    /// When the file's length cannot be found.
     pub fn new(file: File, options: Options) -> io::Result<Self> {
-        let io = RingIo::new(file)?;
+        let io = RingIo::new(file);
         let Options { read_only, id, queues, limiter } = options;
         // Seeking gives the length of block devices too, where metadata says zero.
         let sectors = io.file().seek(SeekFrom::End(0))? / SECTOR;
@@ -188,11 +186,12 @@ impl VirtioDevice for Blk {
                 Some(queue) => self.serve(memory, index.into(), queue),
                 None => Ok(()),
             },
-            Event::Backend(RING) => Ok(()),
-            Event::Backend(_) => {
-                self.limiter.iter_mut().for_each(Limiter::wake);
+            // The limiter, if there is one; the ring comes after it.
+            Event::Backend(0) if let Some(limiter) = &mut self.limiter => {
+                limiter.wake();
                 self.serve_all(memory, queues)
             }
+            Event::Backend(_) => Ok(()),
         };
         for _ in 0..ROUNDS_MAX {
             self.complete(memory, queues)?;
@@ -247,9 +246,9 @@ impl VirtioDevice for Blk {
     }
 
     fn watched(&self) -> Vec<Watch> {
-        // An edge: operations of a driver that is gone may end while nobody listens, and must not be told for ever.
-        let ring = Watch { descriptor: self.io.descriptor(), trigger: Trigger::Edge };
-        [ring].into_iter().chain(self.limiter.iter().map(Limiter::watch)).collect()
+        let watch = |descriptor| Watch { descriptor, trigger: Trigger::Readable };
+        let limiter = self.limiter.iter().map(Limiter::watch);
+        limiter.chain(self.io.descriptor().map(watch)).collect()
     }
 
     fn event_loop(&self) -> Loop {

@@ -440,7 +440,7 @@ fn what_is_left_in_the_queue_for_want_of_room_is_served_when_there_is() {
 fn slow() -> Option<(Disk, io::PipeWriter)> {
     let (reader, writer) = io::pipe().unwrap();
     let mut device = Blk::new(temporary(), Options::default()).unwrap();
-    device.io = RingIo::new(File::from(OwnedFd::from(reader))).unwrap();
+    device.io = RingIo::new(File::from(OwnedFd::from(reader)));
     device.prepare();
     // Without a ring nothing can be under way.
     device.io.has_ring().then(|| (Disk::of(device, temporary(), true, 1 << VIRTIO_BLK_F_FLUSH), writer))

@@ -212,7 +212,7 @@ impl VirtioDevice for Fs {
     }
 
     fn watched(&self) -> Vec<Watch> {
-        let locks = Watch { descriptor: self.server.event().as_raw_fd(), trigger: Trigger::Edge };
+        let locks = Watch { descriptor: self.server.event().as_raw_fd(), trigger: Trigger::Readable };
         [locks].into_iter().chain(self.limiter.iter().map(Limiter::watch)).collect()
     }
 

@@ -257,7 +257,7 @@ impl VirtioDevice for Mem {
     }
 
     fn watched(&self) -> Vec<Watch> {
-        vec![Watch { descriptor: self.host.descriptor(), trigger: Trigger::Edge }]
+        vec![Watch { descriptor: self.host.descriptor(), trigger: Trigger::Readable }]
     }
 
     fn metrics(&self) -> Vec<(&'static str, u64)> {

@@ -320,7 +320,7 @@ impl VirtioDevice for Net {
 
     /// The taps, and the timers of both limits.
     fn watched(&self) -> Vec<Watch> {
-        let taps = self.taps.iter().map(|tap| Watch { descriptor: tap.descriptor(), trigger: Trigger::Edge });
+        let taps = self.taps.iter().map(|tap| Watch { descriptor: tap.descriptor(), trigger: Trigger::Either });
         let limiters = [&self.receiver.limiter, &self.transmitter.limiter];
         taps.chain(limiters.into_iter().flatten().map(Limiter::watch)).collect()
     }

@@ -22,7 +22,7 @@ fn both(content: &[u8]) -> [RingIo; 2] {
         file.write_all(content).unwrap();
         file
     };
-    let mut rings = [file(), file()].map(|file| RingIo::new(file).unwrap());
+    let mut rings = [file(), file()].map(RingIo::new);
     rings[0].make_ring();
     rings
 }
