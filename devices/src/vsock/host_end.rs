@@ -20,6 +20,9 @@ pub struct HostEnd {
     end: End,
     /// What watches it: closing the descriptor is not enough where another process has one of the same open file.
     watched: Option<Arc<OwnedFd>>,
+    /// Which directions were ended here. Whoever watches hears of each end, so that a second one would be told for ever.
+    read_ended: bool,
+    write_ended: bool,
 }
 
 #[derive(Debug)]
@@ -36,7 +39,7 @@ enum End {
 
 impl From<UnixStream> for HostEnd {
     fn from(stream: UnixStream) -> Self {
-        Self { end: End::Socket(stream), watched: None }
+        Self::new(End::Socket(stream))
     }
 }
 
@@ -62,9 +65,9 @@ impl TryFrom<OwnedFd> for HostEnd {
         // What cannot be waited for, such as a regular file, is refused when the connection begins.
         let access = rustix::fs::fcntl_getfl(&descriptor)? & OFlags::ACCMODE;
         if access == OFlags::RDONLY {
-            Ok(Self { end: End::Source(descriptor.into()), watched: None })
+            Ok(Self::new(End::Source(descriptor.into())))
         } else if access == OFlags::WRONLY {
-            Ok(Self { end: End::Sink(descriptor.into()), watched: None })
+            Ok(Self::new(End::Sink(descriptor.into())))
         } else {
             refuse("is no socket and open for both directions")
         }
@@ -72,6 +75,10 @@ impl TryFrom<OwnedFd> for HostEnd {
 }
 
 impl HostEnd {
+    fn new(end: End) -> Self {
+        Self { end, watched: None, read_ended: false, write_ended: false }
+    }
+
     /// Has `epoll` tell, with this token, each time that something about it changes.
     pub(super) fn watch(&mut self, epoll: &Arc<OwnedFd>, token: u64) -> io::Result<()> {
         use epoll::EventFlags;
@@ -158,6 +165,9 @@ impl HostEnd {
 
     /// Nothing more will be read: the peer is told as far as it can be.
     pub(super) fn stop_reading(&mut self) {
+        if std::mem::replace(&mut self.read_ended, true) {
+            return;
+        }
         match &self.end {
             // Fails when the peer is gone.
             End::Socket(stream) => drop(stream.shutdown(Shutdown::Read)),
@@ -168,6 +178,9 @@ impl HostEnd {
 
     /// Nothing more will be written: what the peer reads ends here.
     pub(super) fn stop_writing(&mut self) {
+        if std::mem::replace(&mut self.write_ended, true) {
+            return;
+        }
         match &self.end {
             // As above.
             End::Socket(stream) => drop(stream.shutdown(Shutdown::Write)),

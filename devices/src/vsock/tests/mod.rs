@@ -277,6 +277,22 @@ fn each_side_can_end_its_direction() {
     assert_eq!(guest.receive().unwrap().op, RESET);
 }
 
+/// The end of a direction is a change of the stream itself, of which its own watcher hears.
+#[test]
+fn an_end_of_a_direction_is_told_once() {
+    let (mut guest, mut host) = Guest::connected();
+    guest.send(&Packet { flags: 2, ..packet(SHUTDOWN) });
+    let mut woken = 0;
+    while woken < 10 && guest.driver.is_woken() {
+        guest.driver.device.dispatch(Event::Backend(0));
+        woken += 1;
+    }
+    assert!(woken < 10, "the device wakes itself up for ever");
+    assert_eq!(host.read(&mut [0]).unwrap(), 0);
+    host.write_all(b"still here").unwrap();
+    assert_eq!(guest.receive().unwrap().data, b"still here");
+}
+
 #[test]
 fn who_is_gone_on_the_host_neither_sends_nor_receives_more() {
     let (mut guest, mut host) = Guest::connected();
