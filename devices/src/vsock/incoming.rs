@@ -3,11 +3,9 @@
 
 use vm_memory::VolatileSlice;
 
-use super::PAYLOAD_MAX;
+use super::{HEADER_LENGTH, PAYLOAD_MAX};
 use crate::GuestMemory;
 use crate::queue::{Buffers, Chain};
-
-const HEADER_LENGTH: usize = virtio_vsock::packet::PKT_HEADER_SIZE;
 
 /// A packet, its header read once.
 #[derive(Debug)]

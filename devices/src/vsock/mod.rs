@@ -6,6 +6,7 @@
 //! with RST, one that breaks the rules of its connection ends it. Datagrams and SEQPACKET are not supported: RST.
 //!
 //! - [`incoming`]: a packet that the guest sends.
+//! - [`outgoing`]: a packet for the guest.
 //! - [`host_end`]: what is at the host's end of a connection.
 //! - [`connection`]: one connection: credit, buffering, half-close.
 //! - [`callers`]: what the host asks for.
@@ -16,6 +17,7 @@ mod connection;
 pub mod host_end;
 mod incoming;
 mod muxer;
+mod outgoing;
 pub mod ports;
 #[cfg(test)]
 mod tests;
@@ -23,10 +25,9 @@ mod tests;
 use std::io;
 use std::os::unix::net::UnixListener;
 
-use virtio_vsock::packet::{PKT_HEADER_SIZE, VsockPacket};
-
 use self::incoming::Incoming;
 use self::muxer::Muxer;
+use self::outgoing::Room;
 use self::ports::HostPorts;
 use crate::GuestMemory;
 use crate::device::{Broken, Event, Resources, Trigger, VirtioDevice, Watch, read_config_bytes};
@@ -39,6 +40,8 @@ pub const GUEST_CID: u64 = 3;
 /// The host's address (§5.10.4).
 pub const HOST_CID: u64 = 2;
 
+/// The length of a packet's header.
+const HEADER_LENGTH: usize = 44;
 /// The most payload in a packet (§5.10.6; also what Linux sends at most).
 const PAYLOAD_MAX: u32 = 64 << 10;
 const RECEIVE: usize = 0;
@@ -106,7 +109,7 @@ impl Vsock {
     fn deliver(&mut self, memory: &GuestMemory, queue: &mut VirtQueue) -> Result<(), Broken> {
         let mut budget = QUEUE_SIZE_MAX;
         while self.muxer.has_packets() {
-            let Some(mut chain) = queue.pop(memory)? else {
+            let Some(chain) = queue.pop(memory)? else {
                 // Look once more after asking for a notification: a buffer may have come in between.
                 if queue.rearm(memory)? {
                     continue;
@@ -114,13 +117,12 @@ impl Vsock {
                 break;
             };
             let head = chain.head_index();
-            let mut packet = VsockPacket::from_rx_virtq_chain(memory, &mut chain, PAYLOAD_MAX)
-                .map_err(|_| queue.malformed("a receive buffer has no room for a packet"))?;
-            let Some(payload) = self.muxer.next_packet(&mut packet) else {
+            let room = Room::of(memory, chain).map_err(|reason| queue.malformed(reason))?;
+            let Some(payload) = self.muxer.next_packet(&room) else {
                 queue.unpop();
                 break;
             };
-            queue.push(memory, head, PKT_HEADER_SIZE as u32 + payload)?;
+            queue.push(memory, head, HEADER_LENGTH as u32 + payload)?;
             self.counters.received_packets += 1;
             self.counters.received_bytes += u64::from(payload);
             budget -= 1;

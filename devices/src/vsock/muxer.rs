@@ -9,12 +9,12 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use rustix::event::epoll;
-use virtio_vsock::packet::{PKT_HEADER_SIZE, VsockPacket};
 
 use super::callers::{Call, Callers, Wish};
-use super::connection::{Asker, CREDIT, Connection, Packet, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+use super::connection::{Asker, Connection, Packet, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use super::host_end::HostEnd;
 use super::incoming::Incoming;
+use super::outgoing::{Header, Room};
 use super::ports::{HostPorts, NO_PORT};
 use super::{GUEST_CID, HOST_CID};
 
@@ -40,9 +40,9 @@ const OP_CREDIT_REQUEST: u16 = 7;
 
 /// Both ports of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Key {
-    host: u32,
-    guest: u32,
+pub(super) struct Key {
+    pub(super) host: u32,
+    pub(super) guest: u32,
 }
 
 /// What something is ready of.
@@ -288,16 +288,16 @@ impl Muxer {
     }
 
     /// Fills the next packet for the guest and gives the length of its payload, or `None` when there is none.
-    pub(super) fn next_packet(&mut self, packet: &mut VsockPacket<'_, ()>) -> Option<u32> {
+    pub(super) fn next_packet(&mut self, room: &Room<'_>) -> Option<u32> {
         if let Some(Reset { key, host_cid, kind }) = self.resets.pop_front() {
             self.counters.reset += 1;
-            Header { key, host_cid, kind, op: OP_RST, flags: 0, forwarded: 0, length: 0 }.write(packet);
+            Header { key, host_cid, kind, op: OP_RST, flags: 0, forwarded: 0, length: 0 }.write(room);
             return Some(0);
         }
         while let Some(key) = self.listed.pop_front() {
             let Some(connection) = self.connections.get_mut(&key) else { continue };
             connection.listed = false;
-            let Some(next) = connection.next_packet(packet.data_slice()) else { continue };
+            let Some(next) = connection.next_packet(room.data.as_ref()) else { continue };
             let forwarded = connection.announce();
             let header = Header { key, host_cid: HOST_CID, kind: TYPE_STREAM, op: 0, flags: 0, forwarded, length: 0 };
             let (op, flags, length) = match next {
@@ -314,12 +314,12 @@ impl Muxer {
                         continue;
                     }
                     self.counters.reset += 1;
-                    Header { op: OP_RST, ..header }.write(packet);
+                    Header { op: OP_RST, ..header }.write(room);
                     return Some(0);
                 }
             };
             list(&mut self.listed, key, connection);
-            Header { op, flags, length, ..header }.write(packet);
+            Header { op, flags, length, ..header }.write(room);
             return Some(length);
         }
         None
@@ -363,34 +363,5 @@ fn list(listed: &mut VecDeque<Key>, key: Key, connection: &mut Connection) {
     if !connection.listed && connection.has_packets() {
         connection.listed = true;
         listed.push_back(key);
-    }
-}
-
-/// What a packet is about.
-struct Header {
-    key: Key,
-    /// Whom the guest takes it to come from.
-    host_cid: u64,
-    kind: u16,
-    op: u16,
-    flags: u32,
-    forwarded: u32,
-    length: u32,
-}
-
-impl Header {
-    /// Writes it (§5.10.6, `struct virtio_vsock_hdr`), all at once: there is one for each few kilobytes of data.
-    fn write(&self, packet: &VsockPacket<'_, ()>) {
-        let (Key { host, guest }, mut bytes, mut at) = (self.key, [0; PKT_HEADER_SIZE], 0);
-        // They are as long as a header, all together.
-        let mut put = |field: &[u8]| {
-            bytes[at..at + field.len()].copy_from_slice(field);
-            at += field.len();
-        };
-        [self.host_cid, GUEST_CID].iter().for_each(|field| put(&field.to_le_bytes()));
-        [host, guest, self.length].iter().for_each(|field| put(&field.to_le_bytes()));
-        [self.kind, self.op].iter().for_each(|field| put(&field.to_le_bytes()));
-        [self.flags, CREDIT, self.forwarded].iter().for_each(|field| put(&field.to_le_bytes()));
-        packet.header_slice().copy_from(&bytes);
     }
 }
