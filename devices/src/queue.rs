@@ -49,9 +49,9 @@ pub struct Buffers<'m> {
     pub writable_end: Option<GuestAddress>,
 }
 
-/// Calls `found` with each piece of memory that the buffers of a chain are in, and with the descriptor that it is of. The only
-/// way to walk a chain that its driver made as long as it liked: an indirect table may claim 65,535 descriptors, and a few that
-/// lead to each other are as many.
+/// Calls `found` with each piece of memory that the buffers of a chain are in, none of them empty, and with the descriptor that
+/// it is of. The only way to walk a chain that its driver made as long as it liked: an indirect table may claim 65,535
+/// descriptors, and a few that lead to each other are as many.
 ///
 /// # Errors
 /// What is wrong with the chain: it reaches out of memory, or has more buffers than a queue has places (§2.7.5.3.1).
@@ -70,10 +70,11 @@ pub fn walk<'m>(
         if descriptors.max(pieces) > BUFFERS_MAX {
             return Err(TOO_MANY);
         }
+        if length == 0 {
+            continue;
+        }
         // Nearly always it is in one piece, which is found much faster.
-        if length > 0
-            && let Ok(slice) = GuestMemoryBackend::get_slice(memory, address, length)
-        {
+        if let Ok(slice) = GuestMemoryBackend::get_slice(memory, address, length) {
             pieces += 1;
             found(&descriptor, slice);
             continue;

@@ -71,7 +71,7 @@ impl Window {
     /// Reads what a driver reads at `offset`; zeros behind the window.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
-        let Some(rest) = WINDOW.checked_sub(offset) else { return };
+        let Some(rest) = WINDOW.checked_sub(offset).filter(|rest| *rest > 0) else { return };
         let length = data.len().min(rest as usize);
         let read = self.region.as_volatile_slice().read_slice(&mut data[..length], self.start + offset as usize);
         read.expect("a window is a page");
@@ -100,10 +100,14 @@ mod tests {
         let [first, second] = [0, 1].map(|index| windows.window(index).unwrap());
         first.put(0xffc, u32::MAX);
         second.put(0, u32::MAX);
-        for (offset, expected) in [(0xffe, [0xff, 0xff, 0, 0]), (0x1000, [0; 4]), (u64::MAX, [0; 4])] {
+        for (offset, expected) in [(0xffe, [0xff, 0xff, 0, 0]), (0x1000, [0; 4]), (0x1001, [0; 4]), (u64::MAX, [0; 4])]
+        {
             let mut data = [1; 4];
             first.read(offset, &mut data);
             assert_eq!(data, expected, "{offset:#x}");
+            // There is nothing behind the last one.
+            second.read(offset.max(WINDOW), &mut data);
+            assert_eq!(data, [0; 4]);
         }
     }
 }

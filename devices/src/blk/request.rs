@@ -84,9 +84,6 @@ impl<'m> Request<'m> {
         buffers.take(&mut header).ok_or("a request has no header")?;
         let [k0, k1, k2, k3, _, _, _, _, sector @ ..] = header;
         let status = buffers.writable_end.ok_or(NO_STATUS)?;
-        while buffers.writable.last().is_some_and(|slice| slice.is_empty()) {
-            buffers.writable.pop();
-        }
         let last = buffers.writable.last_mut().ok_or(NO_STATUS)?;
         *last = last.subslice(0, last.len() - 1).map_err(|_| NO_STATUS)?;
         let (kind, sector) = (u32::from_le_bytes([k0, k1, k2, k3]), u64::from_le_bytes(sector));
