@@ -283,12 +283,13 @@ impl MmioDevice {
         self.window.put(0x34, size.into());
         self.window.put(0x44, ready.into());
         self.window.put(0x70, self.status);
-        self.window.put(0xfc, self.generation);
         for offset in (0..CONFIGURATION_LENGTH).step_by(8) {
             let mut fields = [0; 8];
             self.device.read_config(offset, &mut fields);
             self.window.put_configuration(offset, &fields);
         }
+        // Behind what it is the number of: until then a driver that reads finds another one.
+        self.window.put(0xfc, self.generation);
     }
 
     /// Handles a write of the window at `offset`. Accesses of a register that are not 4 bytes wide are ignored, and so are

@@ -205,7 +205,6 @@ impl VirtioDevice for Vsock {
     }
 
     fn watched(&self) -> Vec<Watch> {
-        // An edge: streams stay ready when the driver broke the device, and nobody takes what they have.
         let streams = Watch { descriptor: self.muxer.descriptor(), trigger: Trigger::Readable };
         [streams].into_iter().chain(self.limiter.iter().map(Limiter::watch)).collect()
     }

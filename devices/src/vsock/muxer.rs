@@ -92,7 +92,7 @@ pub(super) struct Muxer {
     epoll: Arc<OwnedFd>,
     callers: Callers,
     next_port: u32,
-    /// Ordered, so that no choice of ports makes one hard to find, which is done twice for each packet.
+    /// Ordered, so that no choice of ports makes one hard to find, which is done for each packet.
     connections: BTreeMap<Key, Connection>,
     /// Connections that have something to tell, each at most once.
     listed: VecDeque<Key>,
