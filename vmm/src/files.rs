@@ -17,6 +17,7 @@ use rustix::io::Errno;
 use thiserror::Error;
 
 use crate::attach::filesystem;
+use crate::confinement::Confinement;
 use crate::own_loop;
 
 /// Why files cannot be served.
@@ -72,7 +73,10 @@ pub struct Served {
 
 /// A thread that serves files, or will when it has its device.
 #[derive(Debug)]
-pub struct FileThread(Sender<Arc<Mutex<MmioDevice>>>);
+pub struct FileThread(Sender<Work>);
+
+/// What a thread serves, and whom it tells that it is confined.
+type Work = (Arc<Mutex<MmioDevice>>, Confinement);
 
 /// Starts a thread for each file system.
 ///
@@ -106,7 +110,7 @@ pub fn start(filesystems: &[FilesystemConfig], taken: Taken) -> Result<Vec<Serve
 impl FileThread {
     /// Starts a thread that acts as `owner`, or for whoever asks, and waits until it does.
     fn start(index: usize, ownership: Ownership, owner: Option<(u32, u32)>) -> io::Result<Self> {
-        let (device, devices) = channel();
+        let (sender, works) = channel();
         let (ready, begun) = channel();
         let serve = move || {
             let prepared = fuse::prepare_thread(ownership, owner);
@@ -114,27 +118,27 @@ impl FileThread {
             // Somebody waits for it.
             let _ = ready.send(prepared);
             if !failed {
-                run(&devices);
+                run(&works);
             }
         };
         thread::Builder::new().name(format!("files {index}")).spawn(serve)?;
         let prepared: Result<Result<(), Errno>, _> = begun.recv();
         prepared.map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))??;
-        Ok(Self(device))
+        Ok(Self(sender))
     }
 
     /// Has it serve what its device's guest asks for, from now on.
-    pub fn serve(self, device: Arc<Mutex<MmioDevice>>) {
+    pub fn serve(self, device: Arc<Mutex<MmioDevice>>, confinement: Confinement) {
         // Fails when the thread is over, and then the process is.
-        let _ = self.0.send(device);
+        let _ = self.0.send((device, confinement));
     }
 }
 
 /// The thread of a file system device, until the process is over.
-fn run(devices: &Receiver<Arc<Mutex<MmioDevice>>>) {
+fn run(works: &Receiver<Work>) {
     // There is none when the VM was not built.
-    if let Ok(device) = devices.recv() {
-        own_loop::run(device, jailer::Thread::Fs);
+    if let Ok((device, confinement)) = works.recv() {
+        own_loop::run(device, jailer::Thread::Fs, &confinement);
     }
 }
 

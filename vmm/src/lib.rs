@@ -13,6 +13,7 @@
 //! - [`inherited`]: descriptors that the front end left open.
 //! - [`vcpu`]: one thread a vCPU: run, handle the exit, run.
 //! - [`pause`]: stopping vCPUs where they are.
+//! - [`confinement`]: the filters of all threads, which are in force before the guest runs.
 //! - [`monitor`]: the event loop, the API's thread, and how both end.
 //! - `own_loop`: event loops of devices that may wait, each on a thread of its own.
 //! - [`restart`]: the process above, where a policy asks for one.
@@ -25,6 +26,7 @@
 
 mod attach;
 pub mod boot;
+pub mod confinement;
 pub mod cpuid;
 pub mod files;
 pub mod inherited;

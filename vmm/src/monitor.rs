@@ -27,7 +27,8 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::attach::memory::Controls;
-use crate::files::{self, FilesError, Served, Taken};
+use crate::confinement::Confinement;
+use crate::files::{self, FileThread, FilesError, Served, Taken};
 use crate::machine::{self, Machine, MachineError};
 use crate::own_loop;
 use crate::pause::Threads;
@@ -166,12 +167,10 @@ pub fn run(
     let served = config.container.is_some() || listener.is_some();
     let (exports, threads): (Vec<_>, Vec<_>) = files.into_iter().map(|files| (files.export, files.thread)).unzip();
     let mut machine = machine::build(&config.vm, resources, exports, !served)?;
-    for (thread, device) in threads.into_iter().zip(machine.devices_in(Loop::Files)) {
-        thread.serve(Arc::clone(device));
-    }
-    for (index, device) in machine.devices_in(Loop::Disk).enumerate() {
-        own_loop::start_disk(index, device).map_err(system("start a disk's thread"))?;
-    }
+    let own_loops = threads.len() + machine.devices_in(Loop::Disk).count();
+    // Besides those: this one, and the API's.
+    let confinement = Confinement::of(own_loops + machine.vcpus.len() + 1 + usize::from(served));
+    start_own_loops(&machine, threads, &confinement)?;
     let boot = VmBoot { monitor_started_ns: started, vm_created_ns: now(), ..VmBoot::default() };
     let event = EventFd::new(EFD_NONBLOCK).map_err(system("make an eventfd"))?;
     let (ends, ended) = mpsc::channel();
@@ -193,10 +192,10 @@ pub fn run(
         let LaunchConfig { vm, container, .. } = config;
         let machine: Arc<dyn server::Machine> = Arc::new(handle);
         let setup = Setup { config: vm, container, listener, folder, machine, agent, boot, guest_ended };
-        serve(setup, Arc::clone(&guest_end), ender()?)?;
+        serve(setup, Arc::clone(&guest_end), confinement.clone(), ender()?)?;
     }
     let event = event.try_clone().map_err(system("clone an eventfd"))?;
-    let end = match run_guest(&mut machine, &vcpus, event, &ended, &ender) {
+    let end = match run_guest(&mut machine, &vcpus, &confinement, event, &ended, &ender) {
         Err(error @ MonitorError::EventLoop(_)) => return Ok(told(&error)),
         end => end?,
     };
@@ -215,15 +214,31 @@ pub fn run(
     }
 }
 
+/// Has the devices that may wait begin, each on a thread of its own.
+fn start_own_loops(machine: &Machine, threads: Vec<FileThread>, confinement: &Confinement) -> Result<(), MonitorError> {
+    for (thread, device) in threads.into_iter().zip(machine.devices_in(Loop::Files)) {
+        thread.serve(Arc::clone(device), confinement.clone());
+    }
+    for (index, device) in machine.devices_in(Loop::Disk).enumerate() {
+        own_loop::start_disk(index, device, confinement).map_err(system("start a disk's thread"))?;
+    }
+    Ok(())
+}
+
 /// Starts the API's thread.
-fn serve(setup: Setup, guest_end: Arc<Mutex<Option<GuestEnd>>>, ender: Ender) -> Result<(), MonitorError> {
+fn serve(
+    setup: Setup,
+    guest_end: Arc<Mutex<Option<GuestEnd>>>,
+    confinement: Confinement,
+    ender: Ender,
+) -> Result<(), MonitorError> {
     // Without one it was the agent that let go.
     let explain = move || guest_end.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|end| chain(end));
     let thread = thread::Builder::new().name("api".into());
     let folder = setup.folder.clone();
     let serve = move || {
         settle_allocator();
-        confine(jailer::Thread::Api);
+        confinement.enter(jailer::Thread::Api);
         let outcome = server::run(setup, explain);
         if let (Err(error), Some(folder)) = (&outcome, folder) {
             // Here and not where it is told: the other threads can open nothing any more.
@@ -247,18 +262,19 @@ fn settle_allocator() {
 fn run_guest(
     machine: &mut Machine,
     vcpus: &Threads,
+    confinement: &Confinement,
     event: EventFd,
     ended: &Receiver<End>,
     ender: &dyn Fn() -> Result<Ender, MonitorError>,
 ) -> Result<End, MonitorError> {
     for (id, vcpu) in (0u8..).zip(std::mem::take(&mut machine.vcpus)) {
         let ender = ender()?;
-        vcpu::spawn(vcpus, id, vcpu, machine.bus.clone(), move |end| ender.end(End::Guest(end)))
+        let ended = move |end| ender.end(End::Guest(end));
+        vcpu::spawn(vcpus, id, vcpu, machine.bus.clone(), confinement.clone(), ended)
             .map_err(system("start a vCPU's thread"))?;
     }
-    // The guest begins meanwhile: what it notifies devices of is found when they are watched.
     let mut events = subscribe(machine, event)?;
-    confine(jailer::Thread::EventLoop);
+    confinement.enter(jailer::Thread::EventLoop);
     let end = wait(&mut events, ended)?;
     // Fails when nobody watches any more.
     let _ = machine.console.flush();
@@ -316,13 +332,6 @@ fn wait(events: &mut EventManager<Subscriber>, ended: &Receiver<End>) -> Result<
         if let Ok(end) = ended.try_recv() {
             return Ok(end);
         }
-    }
-}
-
-/// Confines the calling thread, or ends the process: nothing of the guest is handled by a thread that is not.
-pub(crate) fn confine(kind: jailer::Thread) {
-    if let Err(error) = jailer::thread(kind) {
-        fail(&error);
     }
 }
 

@@ -13,8 +13,8 @@ use devices::window::WINDOW;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use thiserror::Error;
 
+use crate::confinement::Confinement;
 use crate::layout::VIRTIO;
-use crate::monitor;
 use crate::pause::{self, Gate, Threads};
 
 /// How a guest ended by itself.
@@ -105,7 +105,8 @@ pub(crate) fn lock(device: &Mutex<MmioDevice>) -> MutexGuard<'_, MmioDevice> {
     device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Starts the thread of a vCPU, one of `threads`. `ended` is called once, when the guest ends by this vCPU.
+/// Starts the thread of a vCPU, one of `threads`, which runs the guest when all threads of the monitor are confined. `ended` is
+/// called once, when the guest ends by this vCPU.
 ///
 /// # Errors
 /// When the system has no thread left, or KVM does not let the vCPU be interrupted.
@@ -114,12 +115,14 @@ pub fn spawn(
     id: u8,
     mut vcpu: VcpuFd,
     bus: Bus,
+    confinement: Confinement,
     ended: impl FnOnce(GuestEnd) + Send + 'static,
 ) -> io::Result<()> {
     let gate = threads.gate();
     pause::prepare(&vcpu)?;
     let thread = thread::Builder::new().name(format!("vcpu {id}")).spawn(move || {
-        monitor::confine(jailer::Thread::Vcpu);
+        confinement.enter(jailer::Thread::Vcpu);
+        confinement.wait();
         ended(run(id, &mut vcpu, &bus, &gate));
     })?;
     threads.add(thread);
