@@ -180,7 +180,7 @@ pub trait VirtioDevice: Send {
     fn let_go(&mut self) {}
 
     /// Makes what the device will need later, and nothing to describe it to the driver. Called once, by the thread that will
-    /// call [`VirtioDevice::process`], before that is confined and while the guest already begins.
+    /// call [`VirtioDevice::process`], before that is confined.
     fn prepare(&mut self) {}
 
     /// The descriptors whose readiness is [`Event::Backend`]; asked once, when the device joins the event

@@ -519,7 +519,7 @@ mod tests {
             crate::fs::testing::device(),
             Box::new(Balloon::new(HostBalloon::new().unwrap())),
             Box::new(Mem::new(HostMem::new(2 << 20).unwrap(), 2 << 20)),
-            Box::new(Pmem::new(None, 2 << 20..4 << 20)),
+            Box::new(Pmem::new(None, 2 << 20..4 << 20, None)),
         ]
     }
 

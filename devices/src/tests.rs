@@ -335,7 +335,7 @@ fn a_chain_longer_than_any_queue_is_not_followed_to_its_end() {
         (Box::new(Blk::new(disk, Options { queues: 1, ..Options::default() }).unwrap()), 0),
         (Box::new(Balloon::new(balloon)), 0),
         (Box::new(Mem::new(mem, 0)), 0),
-        (Box::new(Pmem::new(None, 0..0)), 0),
+        (Box::new(Pmem::new(None, 0..0, None)), 0),
         (Box::new(Vsock::new(HostPorts::default(), None, None).unwrap()), 1),
     ];
     for (device, queue) in devices {

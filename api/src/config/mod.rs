@@ -201,8 +201,9 @@ impl VmConfig {
         within("the number of networks", self.networks.len() as u64, 0, NETWORKS_MAX as u64)?;
         self.networks.iter().try_for_each(NetworkConfig::check)?;
         let drives = self.drives.iter().map(|drive| ("block", drive.limits));
+        let pmem = self.pmem.iter().map(|pmem| ("pmem", pmem.limits));
         let others = [("vsock", self.vsock_limits), ("entropy", self.entropy_limits), ("console", self.console_limits)];
-        for (device, limits) in drives.chain(others) {
+        for (device, limits) in drives.chain(pmem).chain(others) {
             limits.unwrap_or_default().check(device)?;
         }
         within("the number of pmem devices", self.pmem.len() as u64, 0, PMEM_MAX as u64)?;
@@ -243,10 +244,11 @@ impl VmConfig {
         files.filter_map(file).chain(taps).chain(sockets.filter_map(socket)).collect()
     }
 
-    /// How many threads its devices have for themselves: one for each drive that can be written to, and those that serve files
-    /// or wait for locks of files.
+    /// How many threads its devices have for themselves: one for each file that can be written to, as a drive or as memory, and
+    /// those that serve files or wait for locks of files.
     pub fn device_threads(&self) -> u32 {
-        let disks = self.drives.iter().filter(|drive| !drive.read_only).count();
+        let drives = self.drives.iter().filter(|drive| !drive.read_only).count();
+        let disks = drives + self.pmem.iter().filter(|pmem| !pmem.read_only).count();
         let files = self.filesystems.len().saturating_mul(FilesystemConfig::threads() as usize);
         u32::try_from(disks.saturating_add(files)).unwrap_or(u32::MAX)
     }
@@ -293,9 +295,11 @@ mod tests {
     #[test]
     fn limits_are_checked_wherever_they_can_be_given() {
         let limits = r#"{"operations":{"size":0,"refill_ms":1}}"#;
-        let drive = format!(r#""drives":[{{"file":{{"descriptor":3}},"limits":{limits}}}]"#);
+        let of_file = |list| format!(r#""{list}":[{{"file":{{"descriptor":3}},"limits":{limits}}}]"#);
+        let files = [of_file("drives"), of_file("pmem")];
         let others = ["vsock", "entropy", "console"].map(|device| format!(r#""{device}_limits":{limits}"#));
-        for (device, field) in ["block", "vsock", "entropy", "console"].iter().zip([drive].into_iter().chain(others)) {
+        let devices = ["block", "pmem", "vsock", "entropy", "console"];
+        for (device, field) in devices.iter().zip(files.into_iter().chain(others)) {
             let error = parse(&format!(r#"{{"kernel":"/k","memory_mib":128,{field}}}"#)).unwrap_err();
             assert!(matches!(error, ConfigError::Limit { device: named, .. } if named == *device), "{error}");
         }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::DriveFile;
+use super::{DriveFile, LimitsConfig};
 
 /// The most persistent memory devices a VM can have.
 pub const PMEM_MAX: usize = 4;
@@ -17,4 +17,7 @@ pub struct PmemConfig {
     /// Whether the file cannot be changed; enforced by the monitor, whatever the guest does.
     #[serde(default)]
     pub read_only: bool,
+    /// How often it may be flushed: each time is an operation, and as many bytes as the file has.
+    #[serde(default)]
+    pub limits: Option<LimitsConfig>,
 }

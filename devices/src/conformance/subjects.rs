@@ -347,7 +347,7 @@ impl Subject for Persistent {
     }
 
     fn device(&self) -> Box<dyn VirtioDevice> {
-        Box::new(Pmem::new(Some(self.0.try_clone().unwrap()), 2 << 20..4 << 20))
+        Box::new(Pmem::new(Some(self.0.try_clone().unwrap()), 2 << 20..4 << 20, None))
     }
 
     fn ask(&mut self, driver: &mut Driver) {

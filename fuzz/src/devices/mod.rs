@@ -313,7 +313,7 @@ pub fn mem(bytes: &[u8]) {
 pub fn pmem(bytes: &[u8]) {
     let mut input = Input::new(bytes);
     let file = (input.u8() & 1 == 0).then(|| scratch::file(REGION_LENGTH));
-    let device = Pmem::new(file, REGION..REGION + REGION_LENGTH);
+    let device = Pmem::new(file, REGION..REGION + REGION_LENGTH, limiter(&mut input));
     drive(Box::new(device), &mut Plain, &mut input);
 }
 

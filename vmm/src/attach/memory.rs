@@ -9,8 +9,10 @@ use api::model::{Balloon, BalloonStatistics};
 use api::server::Plugged;
 use devices::GuestMemory;
 use devices::balloon::host::{HostBalloon, Statistics};
+use devices::limit::Limiter;
 use devices::mem::host::HostMem;
 
+use super::limits::limiter;
 use crate::layout::HUGE_PAGE;
 use crate::machine::MachineError;
 use crate::memory;
@@ -43,6 +45,8 @@ pub(crate) struct Persistent {
     pub file: Option<File>,
     /// Guest-physical addresses.
     pub range: Range<u64>,
+    /// How often it may be flushed.
+    pub limiter: Option<Limiter>,
 }
 
 impl Arranged {
@@ -61,11 +65,12 @@ impl Arranged {
             mem = Some((HostMem::new(size).map_err(failed("memory"))?, start));
         }
         let mut persistent = Vec::new();
-        for (PmemConfig { read_only, .. }, file) in config.pmem.iter().zip(files) {
+        for (PmemConfig { read_only, limits, .. }, file) in config.pmem.iter().zip(files) {
             let length = usable_length(&file, *read_only).map_err(failed("pmem"))?;
             let (more, range) = memory::map_behind(&all, &file, length, *read_only)?;
             all = more;
-            persistent.push(Persistent { file: (!read_only).then_some(file), range });
+            let limiter = limiter(*limits).map_err(failed("pmem"))?;
+            persistent.push(Persistent { file: (!read_only).then_some(file), range, limiter });
         }
         Ok(Self { all, controls: Controls { balloon, mem }, persistent })
     }

@@ -88,8 +88,8 @@ pub(crate) fn devices(
     if let Some((mem, start)) = &memory.controls.mem {
         devices.push(("memory", Box::new(Mem::new(mem.clone(), *start))));
     }
-    for Persistent { file, range } in memory.persistent {
-        devices.push(("pmem", Box::new(Pmem::new(file, range))));
+    for Persistent { file, range, limiter } in memory.persistent {
+        devices.push(("pmem", Box::new(Pmem::new(file, range, limiter))));
     }
 
     let acknowledged = EventFd::new(EFD_NONBLOCK).map_err(failed("eventfd of every"))?;
