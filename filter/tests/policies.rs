@@ -29,7 +29,9 @@ fn threads_die_of_the_calls_that_they_died_of() {
     // FIONBIO, KVM_RUN, KVM_GET_REGS, AF_UNIX, F_GETFD, PROT_EXEC, and what is near or above them.
     let arguments = [0, 1, 2, 3, 4, 5, 7, 21537, 21538, 44672, 44673, 2156965505, 2156965506, 1 << 32, 1 << 32 | 4];
     let mut names = Vec::new();
-    for (name, before) in compile(&policy("monitor.json")).unwrap() {
+    let mut policy = compile(&policy("monitor.json")).unwrap();
+    let absent = policy.take("fs_absent").unwrap();
+    for (name, before) in policy {
         let after = search(std::slice::from_ref(&before), None).unwrap();
         for number in numbers() {
             for argument in arguments {
@@ -51,6 +53,14 @@ fn threads_die_of_the_calls_that_they_died_of() {
         names.push(name);
     }
     assert_eq!(names, ["api", "disk", "event_loop", "fs", "vcpu"]);
+    let [clone3, no_such_call] = [435, 0x0005_0026];
+    for number in numbers() {
+        assert_eq!(
+            action(&absent, ARCH_X86_64, number, 0),
+            if number == clone3 { no_such_call } else { ALLOW },
+            "{number}"
+        );
+    }
 }
 
 #[test]

@@ -9,7 +9,8 @@
 //! reach the files in the trees, and nothing else.
 //!
 //! Some file systems cannot be mapped (overlayfs, most that are on a network). Then the host's users have their own numbers in
-//! the namespace, and it is for Landlock that nothing but the trees can be opened; without Landlock there is no monitor.
+//! the namespace, and it is for Landlock that nothing but the trees can be opened. So it is for a monitor that could not choose
+//! its user. Without Landlock there is no such monitor.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
@@ -54,7 +55,13 @@ pub(crate) fn take(trees: &[Tree<'_>], user: Option<u32>) -> Result<Taken, JailE
     }
     // The directory alone, by which nothing of another process can be found.
     let descriptors = Some(clone_of(Path::new("/proc/self/fd"))?);
-    let Some(user) = user else { return Ok(Taken { trees: clones()?, descriptors, namespace: None }) };
+    let Some(user) = user else {
+        // What it inherited is its caller's, as it is itself: by its number it could be opened for more than it was opened for.
+        if !landlock::is_supported() {
+            return Err(step("show files without Landlock (Linux 5.13), unless root does")(Errno::OPNOTSUPP));
+        }
+        return Ok(Taken { trees: clones()?, descriptors, namespace: None });
+    };
     let (namespace, taken) = (identity::namespace(user, Users::Apart)?, clones()?);
     let map = |tree: &OwnedFd| sys::set_mount(tree.as_fd(), Attributes::Mapped(namespace.as_fd()));
     match taken.iter().try_for_each(map) {

@@ -3,6 +3,7 @@
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::error::{JailError, step};
+use crate::sys;
 
 /// How much a monitor may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,6 +69,7 @@ impl Limits {
             setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) })
                 .map_err(step("limit its resources"))?;
         }
-        Ok(())
+        // Who writes to a file that is as long as it may be is told so (EFBIG), and does not die of it.
+        sys::ignore(libc::SIGXFSZ).map_err(step("ignore the signal of files that are too long"))
     }
 }

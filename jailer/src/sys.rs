@@ -1,7 +1,7 @@
 //! System calls that no crate has a safe call for: every `unsafe` block of the jailer is here.
 //!
-//! UNSAFETY: processes that share their parent's memory until they execute or are over, and two calls that rustix lacks.
-#![expect(unsafe_code, reason = "clone3 with shared memory, execve and mount_setattr have no safe wrapper")]
+//! UNSAFETY: processes that share their parent's memory until they execute or are over, and three calls that rustix lacks.
+#![expect(unsafe_code, reason = "clone3 with shared memory, execve, mount_setattr and signal have no safe wrapper")]
 
 use std::arch::asm;
 use std::ffi::{CStr, CString};
@@ -41,6 +41,18 @@ impl<'a> Program<'a> {
         unsafe { libc::execve(self.path.as_ptr(), self.arguments.as_ptr(), self.environment.as_ptr()) };
         io::Error::last_os_error()
     }
+}
+
+/// Ignores a signal.
+///
+/// # Errors
+/// What signal(2) says.
+pub fn ignore(signal: libc::c_int) -> rustix::io::Result<()> {
+    // SAFETY: no handler is set, so that no code runs at any moment.
+    if unsafe { libc::signal(signal, libc::SIG_IGN) } == libc::SIG_ERR {
+        return Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::INVAL));
+    }
+    Ok(())
 }
 
 /// Makes a child with `namespaces` (`CLONE_NEW*`) of its own, which shares this process's memory and runs `child` on a stack

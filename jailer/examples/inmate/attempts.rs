@@ -38,13 +38,16 @@ pub fn attempt(folder: &OwnedFd, name: &str, more: &[&str]) -> io::Result<String
         ("read", [path]) => read(folder, path),
         ("write", []) => write(folder),
         ("signal", [pid]) => signal(number(pid)?),
-        ("trace", [pid]) => trace(number(pid)?),
+        ("trace", [pid, address]) => trace(number(pid)?, number(address)?),
         ("connect", [port, name]) => connect(port, name),
         ("socket", []) => UdpSocket::bind("127.0.0.1:0").map(|_| "it has a socket".to_owned()),
         ("mount", []) => mount(folder),
         ("privilege", []) => privilege(),
         ("execute", []) => execute(folder),
-        ("memory", [mib]) => memory(number(mib)?),
+        ("call", [number_of, first]) => raw(number(number_of)?, number(first)?),
+        ("memory", [mib]) => memory(number(mib)?, 0),
+        ("reserve", [mib]) => memory(number(mib)?, libc::MAP_NORESERVE),
+        ("fill", [mib]) => fill(folder, number(mib)?),
         ("threads", [most]) => threads(number(most)?),
         ("files", [most]) => files(number(most)?),
         ("wait", []) => {
@@ -96,25 +99,39 @@ fn read(folder: &OwnedFd, path: &str) -> io::Result<String> {
     let opened = ways.iter().map(fs::read_to_string);
     let below = [format!("{up}{path}"), "..".to_owned()].map(|way| {
         let file = openat(folder, way.as_str(), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-        let mut text = String::new();
-        // A folder is one that is out of the one that was given.
-        match File::from(file).read_to_string(&mut text) {
+        let (mut text, mut file) = (String::new(), File::from(file));
+        match file.read_to_string(&mut text) {
+            // The one that was given is above itself.
             Err(error) if error.kind() == io::ErrorKind::IsADirectory => {
-                fs::read_dir("..").map(|_| "a folder".to_owned())
+                let place = |stat: rustix::fs::Statx| (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino);
+                let (above, own) = (place(look(&file)?), place(look(folder)?));
+                if above == own { Err(error) } else { Ok("the folder above".to_owned()) }
             }
-            _ => Ok(text),
+            read => read.map(|_| text),
         }
     });
     any(opened.chain(below))
 }
 
+/// What every filter that lets files be opened also lets them be asked.
+fn look(file: impl std::os::fd::AsFd) -> io::Result<rustix::fs::Statx> {
+    let (flags, mask) = (rustix::fs::AtFlags::EMPTY_PATH, rustix::fs::StatxFlags::BASIC_STATS);
+    rustix::fs::statx(file, "", flags, mask).map_err(io::Error::from)
+}
+
 fn write(folder: &OwnedFd) -> io::Result<String> {
+    let above = |path: &str| {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC;
+        openat(folder, path, flags, Mode::RUSR | Mode::WUSR).map_err(io::Error::from)
+    };
     let special = |mode: libc::mode_t| {
         // SAFETY: the path is a string.
         call(unsafe { libc::mknodat(folder.as_raw_fd(), c"node".as_ptr(), mode | 0o600, libc::makedev(1, 3)) }.into())
             .map(|_| "it has made a node".to_owned())
     };
     any([
+        // It is the folder's own mount that ends it: there the file is made. Elsewhere it would be another one.
+        above("../other/made").map(|_| "it has made a file of another VM's".to_owned()),
         fs::write("/file", b"x").map(|()| "it has written to the root".to_owned()),
         fs::create_dir("/folder").map(|()| "it has made a folder in the root".to_owned()),
         special(libc::S_IFCHR),
@@ -130,11 +147,12 @@ fn signal(pid: i32) -> io::Result<String> {
     }))
 }
 
-fn trace(pid: i32) -> io::Result<String> {
+/// `address` is one that the process has mapped.
+fn trace(pid: i32, address: usize) -> io::Result<String> {
     let mut byte = [0u8];
     let (local, remote) = (
         libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 },
-        libc::iovec { iov_base: work as *mut libc::c_void, iov_len: 1 },
+        libc::iovec { iov_base: std::ptr::without_provenance_mut(address), iov_len: 1 },
     );
     any([
         // SAFETY: seizing takes no pointers.
@@ -144,6 +162,25 @@ fn trace(pid: i32) -> io::Result<String> {
             .map(|_| "it reads its memory".to_owned()),
         fs::read(format!("/proc/{pid}/environ")).map(|_| "it reads its environment".to_owned()),
     ])
+}
+
+/// Makes a system call that has no business in a monitor, with one argument that is not zero.
+fn raw(number: libc::c_long, first: libc::c_long) -> io::Result<String> {
+    // SAFETY: what is called takes numbers and null pointers; a child that it makes ends at once.
+    let result = unsafe { libc::syscall(number, first, 0, 0, 0, 0, 0) };
+    if result == 0 && matches!(number, libc::SYS_clone | libc::SYS_fork) {
+        // SAFETY: it takes an integer only.
+        unsafe { libc::syscall(libc::SYS_exit, 0) };
+    }
+    call(result).map(|result| format!("system call {number} has given {result}"))
+}
+
+/// Makes the log longer than its limit allows.
+fn fill(folder: &OwnedFd, mib: u64) -> io::Result<String> {
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
+    let mut file = File::from(openat(folder, "log", flags, Mode::RUSR | Mode::WUSR)?);
+    let piece = vec![0; 1 << 20];
+    (0..mib).try_for_each(|_| file.write_all(&piece)).map(|()| format!("it has written {mib} MiB"))
 }
 
 fn connect(port: &str, name: &str) -> io::Result<String> {
@@ -237,17 +274,18 @@ fn execute(folder: &OwnedFd) -> io::Result<String> {
     ])
 }
 
-fn memory(mib: usize) -> io::Result<String> {
+fn memory(mib: usize, flags: libc::c_int) -> io::Result<String> {
     let length = mib << 20;
     // SAFETY: an anonymous mapping at an address that the kernel chooses.
     let start = unsafe {
-        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-        libc::mmap(std::ptr::null_mut(), length, protection, flags, -1, 0)
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        libc::mmap(std::ptr::null_mut(), length, protection, flags | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
     };
     if start == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
-    for page in (0..length).step_by(4096) {
+    let used = if flags & libc::MAP_NORESERVE == 0 { length } else { 0 };
+    for page in (0..used).step_by(4096) {
         // SAFETY: within the mapping.
         unsafe { start.cast::<u8>().add(page).write_volatile(1) };
     }

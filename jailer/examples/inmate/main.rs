@@ -11,7 +11,7 @@ use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::process::ExitCode;
 
-use jailer::cgroup::{Bounds, Group, Plan};
+use jailer::cgroup::{Bounds, Group, IoBound, Plan};
 use jailer::{Birth, Jail, Limits, Place, Thread, Tree};
 use rustix::process::{WaitId, WaitIdOptions, waitid};
 
@@ -42,7 +42,7 @@ fn main() -> ExitCode {
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// Has an inmate born and waits for its end, as a front end does. `$INMATE_GROUP` names a cgroup for it, in which
-/// `$INMATE_THREADS` are allowed, and `$INMATE_NETWORK` a network namespace.
+/// `$INMATE_THREADS` are allowed and little of `$INMATE_DISK`, and `$INMATE_NETWORK` a network namespace.
 fn start(words: &[String]) -> Result<ExitCode> {
     let program = std::env::current_exe()?;
     let arguments: Vec<&OsStr> = words.iter().map(OsStr::new).collect();
@@ -52,7 +52,11 @@ fn start(words: &[String]) -> Result<ExitCode> {
         let threads = std::env::var("INMATE_THREADS").ok().map(|threads| threads.parse()).transpose()?;
         let plan = Plan::new(&name)?;
         folders = plan.folders();
-        group = plan.make(&Bounds { threads, ..Bounds::new(VCPUS, MEMORY_MIB) })?;
+        let disk = std::env::var("INMATE_DISK").ok();
+        let io =
+            disk.map(|device| IoBound { device, read_bps: Some(1 << 20), write_iops: Some(7), ..IoBound::default() });
+        let bounds = Bounds { threads, io: io.into_iter().collect(), ..Bounds::new(VCPUS, MEMORY_MIB) };
+        group = plan.make(&bounds)?;
     }
     let network = std::env::var_os("INMATE_NETWORK");
     let birth = Birth {

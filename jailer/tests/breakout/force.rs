@@ -41,7 +41,10 @@ fn a_jail_is_told_as_the_kernel_has_it() {
         assert!(["ro", "nosuid", "nodev", "noexec"].iter().all(|one| root.options.iter().any(|has| has == one)));
         // A caller that may have fewer has no more in his jail.
         let files = getrlimit(Resource::Nofile).maximum.map_or(16384, |most| most.min(16384)).to_string();
-        for (limit, most) in [("core_file_size", "0"), ("open_files", &*files), ("processes", "17")] {
+        let space = jailer::Limits::new(1, 64, 0).address_space.to_string();
+        let limits =
+            [("address_space", &*space), ("file_size", "16777216"), ("core_file_size", "0"), ("open_files", &*files)];
+        for (limit, most) in limits.into_iter().chain([("processes", "17")]) {
             assert_eq!(told.limits[limit], [most, most], "{limit}");
         }
         assert_eq!(told.threads.len(), 1);
@@ -74,6 +77,55 @@ fn the_limits_of_a_cgroup_are_told() {
     let memory: u64 = limit(["memory.max", "memory.limit_in_bytes"]).parse().unwrap();
     assert_eq!(memory, (64 + 1 + 128) << 20);
     assert!(limit(["cpu.max", "cpu.cfs_quota_us"]).starts_with("200000"));
+}
+
+/// The numbers of a disk of this machine.
+fn disk() -> String {
+    let mut disks = fs::read_dir("/sys/block").unwrap().flatten();
+    let disk = disks.next().expect("this machine has no disk, not even one in memory");
+    fs::read_to_string(disk.path().join("dev")).unwrap().trim().to_owned()
+}
+
+#[test]
+fn the_limits_of_a_disk_are_told() {
+    let (host, disk) = (Host::new(Caller::Root), disk());
+    let mut command = host.command("none", &["wait"]);
+    command.env("INMATE_GROUP", format!("force-disk-{}", std::process::id())).env("INMATE_DISK", &disk);
+    let told = readback::read(Waiting::new(command).pid).unwrap();
+    let own = told.cgroups.iter().filter(|group| group.own);
+    let limits: Vec<(&str, &str)> =
+        own.flat_map(|group| &group.limits).map(|(name, value)| (*name, value.as_str())).collect();
+    let expected = [
+        ("io.max", format!("{disk} rbps=1048576 wbps=max riops=max wiops=7")),
+        ("blkio.throttle.read_bps_device", format!("{disk} 1048576")),
+        ("blkio.throttle.write_iops_device", format!("{disk} 7")),
+    ];
+    let found = expected.iter().filter(|(name, value)| limits.contains(&(name, value)));
+    // One file of the unified hierarchy, or two of the other.
+    let all = if limits.iter().any(|(name, _)| *name == "io.max") { 1 } else { 2 };
+    assert_eq!(found.count(), all, "{limits:?}");
+}
+
+#[test]
+fn nothing_that_its_starter_has_open_is_open_in_a_jail() {
+    for caller in CALLERS {
+        let host = Host::new(caller);
+        // Without the flag that closes it at an execution: the starter has it.
+        let file = fs::File::open("/etc/passwd").unwrap();
+        let open = rustix::io::dup(&file).unwrap();
+        let waiting = Waiting::new(host.command("none", &["wait"]));
+        let targets = |pid: &str| {
+            let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+            let links = entries.filter_map(|entry| fs::read_link(entry.path()).ok());
+            links.map(|link| link.display().to_string()).collect::<Vec<_>>()
+        };
+        assert!(targets(&waiting.starter.id().to_string()).iter().any(|target| target == "/etc/passwd"));
+        drop(open);
+        let mut inside = targets(&waiting.pid.as_raw_nonzero().to_string());
+        // Its streams, and what leads to its folder.
+        inside.retain(|target| !target.starts_with("pipe:") && target != "/dev/null");
+        assert_eq!(inside, ["/"], "{caller:?}");
+    }
 }
 
 #[test]

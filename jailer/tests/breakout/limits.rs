@@ -18,9 +18,26 @@ fn memory_ends_at_the_limit() {
         let host = Host::new(caller);
         let (code, said) = host.attempt("none", &["memory", "16"]);
         assert_eq!(code, Some(0), "{said}");
-        let (code, said) = host.attempt("none", &["memory", "8192"]);
+        // What is only reserved counts, too: it is the limit that ends it, and not what the machine has.
+        let most = jailer::Limits::new(1, 64, 0).address_space >> 20;
+        let (code, said) = host.attempt("none", &["reserve", &(most - 256).to_string()]);
+        assert_eq!(code, Some(0), "{said}");
+        let (code, said) = host.attempt("none", &["reserve", &most.to_string()]);
         assert_eq!(code, Some(REFUSED), "{said}");
         assert!(said.contains("Cannot allocate memory"), "{said}");
+    }
+}
+
+#[test]
+fn a_file_ends_at_the_limit() {
+    for caller in CALLERS {
+        let host = Host::new(caller);
+        let (code, said) = host.attempt("none", &["fill", "16"]);
+        assert_eq!(code, Some(0), "{said}");
+        let (code, said) = host.attempt("none", &["fill", "17"]);
+        assert_eq!(code, Some(REFUSED), "{said}");
+        assert!(said.contains("File too large"), "{said}");
+        assert_eq!(fs::metadata(host.path("own/log")).unwrap().len(), 16 << 20);
     }
 }
 

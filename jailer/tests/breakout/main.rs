@@ -120,6 +120,12 @@ fn inmate() -> PathBuf {
     path
 }
 
+/// The first address that a process has mapped.
+fn mapped(pid: u32) -> String {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    usize::from_str_radix(maps.split('-').next().unwrap(), 16).unwrap().to_string()
+}
+
 /// A process of the host's, of the same user as an inmate's caller.
 struct Bystander(Child);
 
@@ -135,6 +141,11 @@ impl Bystander {
 
     fn pid(&self) -> String {
         self.0.id().to_string()
+    }
+
+    /// An address that it has mapped.
+    fn address(&self) -> String {
+        mapped(self.0.id())
     }
 
     fn lives(&mut self) -> bool {
@@ -184,7 +195,9 @@ fn nothing_can_be_made_outside_of_the_folder() {
     for caller in CALLERS {
         let host = Host::new(caller);
         host.refuses(&["write"], &[]);
-        assert_eq!(fs::read_dir(host.path("own")).unwrap().count(), 0);
+        for (name, files) in [("own", 0), ("other", 1)] {
+            assert_eq!(fs::read_dir(host.path(name)).unwrap().count(), files, "{caller:?}: {name}");
+        }
     }
 }
 
@@ -193,7 +206,7 @@ fn no_process_of_the_host_can_be_signalled_or_traced() {
     for caller in CALLERS {
         let (host, mut bystander) = (Host::new(caller), Bystander::new(caller));
         host.refuses(&["signal", &bystander.pid()], &[]);
-        host.refuses(&["trace", &bystander.pid()], &[]);
+        host.refuses(&["trace", &bystander.pid(), &bystander.address()], &[]);
         assert!(bystander.lives(), "{caller:?}");
     }
 }
@@ -238,9 +251,10 @@ fn no_monitor_of_the_same_user_can_be_signalled_or_traced() {
     for caller in CALLERS {
         let (host, other) = (Host::new(caller), Host::new(caller));
         let mut waiting = Waiting::new(other.command("none", &["wait"]));
-        let pid = waiting.pid.as_raw_nonzero().to_string();
+        let number = waiting.pid.as_raw_nonzero().get();
+        let (pid, address) = (number.to_string(), mapped(number.unsigned_abs()));
         host.refuses(&["signal", &pid], &[]);
-        host.refuses(&["trace", &pid], &[]);
+        host.refuses(&["trace", &pid, &address], &[]);
         assert!(waiting.lives(), "{caller:?}");
     }
 }
@@ -265,6 +279,74 @@ fn no_socket_leads_out() {
         tcp.set_nonblocking(true).unwrap();
         assert!(local.accept().is_err() && tcp.accept().is_err());
     }
+}
+
+/// In an engine's namespace, whose network is there, the filters alone are in the way of all of it.
+#[test]
+fn no_socket_leads_out_in_the_network_of_an_engine() {
+    let host = Host::new(Caller::Root);
+    let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = tcp.local_addr().unwrap().port().to_string();
+    let attempt = |filter, words: &[&str]| {
+        let mut command = host.command(filter, words);
+        command.env("INMATE_NETWORK", "/proc/self/ns/net").output().unwrap().status.code()
+    };
+    for filter in FILTERS {
+        for words in [&["connect", &port, "none"][..], &["socket"]] {
+            assert_eq!(attempt(filter, words), Some(FILTERED), "{filter} {words:?}");
+        }
+    }
+    // There is something to be kept from.
+    assert_eq!(attempt("none", &["socket"]), Some(0));
+    tcp.set_nonblocking(true).unwrap();
+    assert!(tcp.accept().is_err());
+}
+
+/// What has no business in a monitor, and was a way out of others: each is refused to each kind of thread, whatever its
+/// arguments are.
+#[test]
+fn no_call_is_made_that_a_monitor_does_not_make() {
+    let host = Host::new(Caller::Root);
+    let calls = [
+        ("fork", libc::SYS_fork),
+        ("io_uring_setup", libc::SYS_io_uring_setup),
+        ("bpf", libc::SYS_bpf),
+        ("open_by_handle_at", libc::SYS_open_by_handle_at),
+        ("userfaultfd", libc::SYS_userfaultfd),
+        ("perf_event_open", libc::SYS_perf_event_open),
+        ("keyctl", libc::SYS_keyctl),
+        ("setns", libc::SYS_setns),
+        ("pidfd_getfd", libc::SYS_pidfd_getfd),
+        ("process_vm_writev", libc::SYS_process_vm_writev),
+        ("memfd_create", libc::SYS_memfd_create),
+        ("rt_sigreturn", libc::SYS_rt_sigreturn),
+        ("sendmsg", libc::SYS_sendmsg),
+        ("finit_module", libc::SYS_finit_module),
+    ];
+    for filter in FILTERS {
+        for (name, number) in calls {
+            let (code, said) = host.attempt(filter, &["call", &number.to_string(), "0"]);
+            assert_eq!(code, Some(FILTERED), "{filter} {name}: {said}");
+        }
+    }
+}
+
+#[test]
+fn who_may_start_threads_starts_no_process() {
+    let host = Host::new(Caller::Root);
+    let attempt = |filter, call: libc::c_long, first: libc::c_int| {
+        host.attempt(filter, &["call", &call.to_string(), &first.to_string()])
+    };
+    for filter in FILTERS {
+        assert_eq!(attempt(filter, libc::SYS_clone, libc::SIGCHLD).0, Some(FILTERED), "{filter}");
+        // Its flags are in memory, where no filter sees them.
+        let (code, said) = attempt(filter, libc::SYS_clone3, 0);
+        match filter {
+            "fs" => assert!(code == Some(REFUSED) && said.contains("Function not implemented"), "{said}"),
+            _ => assert_eq!(code, Some(FILTERED), "{filter}"),
+        }
+    }
+    assert_eq!(attempt("none", libc::SYS_clone, libc::SIGCHLD).0, Some(0));
 }
 
 #[test]

@@ -56,7 +56,8 @@ fn system_calls(policy: &Value) -> BTreeMap<String, usize> {
         let rules = thread["filter"].as_array().map(Vec::as_slice).unwrap_or_default();
         rules.iter().filter_map(|rule| rule["syscall"].as_str()).collect::<BTreeSet<_>>().len()
     };
-    policy.as_object().into_iter().flatten().map(|(name, thread)| (name.clone(), calls(thread))).collect()
+    let threads = policy.as_object().into_iter().flatten().filter(|(_, thread)| thread["match_action"] == "allow");
+    threads.map(|(name, thread)| (name.clone(), calls(thread))).collect()
 }
 
 /// Threads whose row in the document, ``| `NAME` | COUNT |``, says something else, or is not there.
