@@ -20,6 +20,9 @@ pub fn test(filters: &[OsString]) -> Result<ExitCode> {
     step("build", build::build)?;
     check()?;
     step("unit tests", unit)?;
+    if step("jail", e2e::jail)? != ExitCode::SUCCESS {
+        return Ok(ExitCode::FAILURE);
+    }
     e2e(filters)
 }
 
