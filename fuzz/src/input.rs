@@ -2,7 +2,7 @@
 //! something.
 
 /// What is left of an input.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Input<'a>(&'a [u8]);
 
 impl<'a> Input<'a> {

@@ -59,6 +59,7 @@ targets! {
     balloon, devices::balloon, 3000;
     blk, devices::blk, 2000;
     console, devices::console, 3000;
+    device_state, devices::device_state, 1500;
     fs, devices::fs, 1500;
     limits, devices::limits, 5000;
     mem, devices::mem, 3000;

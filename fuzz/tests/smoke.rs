@@ -73,7 +73,7 @@ macro_rules! smoke {
 }
 
 smoke! {
-    balloon blk console fs limits mem net pmem rng serial vsock
+    balloon blk console device_state fs limits mem net pmem rng serial vsock
     agent_archive agent_message agent_user cli_archive client_answer client_output container_record env_file fuse_message host_message
     image_archive image_document image_layer image_layout launch_config log proc_text server words
 }

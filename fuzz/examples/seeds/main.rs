@@ -21,7 +21,8 @@ const LIMIT: usize = 1 << 20;
 fn main() -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds");
     _ = fs::remove_dir_all(&root);
-    let groups = [devices(), files::seeds(), texts(), messages()?, documents()?, archives()?, answers(), sessions()?];
+    let groups =
+        [devices(), states(), files::seeds(), texts(), messages()?, documents()?, archives()?, answers(), sessions()?];
     for (target, name, bytes) in groups.into_iter().flatten() {
         assert!(fuzz::target(target).is_some(), "there is no target {target}");
         let folder = root.join(target);
@@ -92,12 +93,26 @@ fn devices() -> Vec<Seed> {
                 room(2),
             ]),
         ),
-        ("vsock", "refused", all(&[start(&[0]), room(0), packet(1, &[])])),
+        ("vsock", "refused", all(&[start(&[0, 0]), room(0), packet(1, &[])])),
+        (
+            "vsock",
+            "asked",
+            all(&[
+                start(&[1, 0]),
+                room(0),
+                room(0),
+                vec![8, 1, 0],
+                packet(2, &[]),
+                [&[8, 6][..], &chunk(b"hi")].concat(),
+            ]),
+        ),
+        ("vsock", "handed", all(&[start(&[1, 0]), room(0), room(0), vec![8, 1, 8], packet(2, &[]), vec![8, 5]])),
+        ("vsock", "offered", all(&[start(&[1, 0]), room(0), room(0), vec![8, 1, 10], packet(1, &[]), vec![8, 3]])),
         (
             "vsock",
             "talk",
             all(&[
-                start(&[0]),
+                start(&[0, 0]),
                 vec![8, 0],
                 room(0),
                 room(0),
@@ -133,6 +148,29 @@ fn devices() -> Vec<Seed> {
         ),
         ("pmem", "flush", all(&[start(&[0]), offer(0, 1 << 2, &[&chunk(&[0; 4]), &PAGE])])),
         ("limits", "some", [&[0][..], &[1; 28], &[1], &[0; 12], &[0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 2, 0]].concat()),
+    ]
+}
+
+/// Devices that are saved with something behind them, and go on; and a state that is none. The numbers are those of
+/// `devices::DEVICES`.
+fn states() -> Vec<Seed> {
+    let seed = |kind: u8, shape: &[u8], life: &[&[u8]], more: &[&[u8]]| {
+        let life = [&START[..], &life.concat()].concat();
+        [&[kind][..], &chunk(shape), &[0], &chunk(&life), &[0, 1], &more.concat()].concat()
+    };
+    let room: &[u8] = &[&[0, 0, 1 | 1 << 2][..], &PAGE].concat();
+    let target = "device_state";
+    vec![
+        (target, "balloon", seed(0, &[], &[&[8, 0, 9, 0, 0, 0]], &[&[8, 1]])),
+        (target, "blk", seed(1, &[0, 0], &[&[0, 0, 2 << 2, 0, 0, 0, 3, 0, 0, 0, 0, 0], &SECTOR, &STATUS], &[&[5, 0]])),
+        (target, "console", seed(2, &[0], &[room], &[room])),
+        (target, "fs", seed(3, &[0, 0], &[], &[room])),
+        (target, "mem", seed(4, &[], &[&[8, 4]], &[room])),
+        (target, "net", seed(5, &[0, 0, 0], &[room], &[&[8, 0], &chunk(&[0; 72])])),
+        (target, "pmem", seed(6, &[0, 0], &[], &[room])),
+        (target, "rng", seed(7, &[3], &[room, room], &[room, &[10, 10]])),
+        (target, "vsock", seed(8, &[0, 0], &[room], &[room])),
+        (target, "made_up", [&[7][..], &chunk(&[0]), &[1], &chunk(&[1, 0, 4, 0, 0, 0, 0, 0]), &[0, 1], room].concat()),
     ]
 }
 

@@ -52,6 +52,9 @@ pub trait Backend {
 
     /// Whoever is on the host goes away: nobody waits for a reader any more.
     fn close(&mut self) {}
+
+    /// What has to hold when the VM is over.
+    fn check(&self) {}
 }
 
 /// The driver's side of a queue.
@@ -83,34 +86,90 @@ thread_local! {
 
 /// Drives a device as `input` says, to the end of its VM.
 pub fn drive(device: Box<dyn VirtioDevice>, backend: &mut dyn Backend, input: &mut Input<'_>) {
-    let memory = GUEST_MEMORY.with(Clone::clone);
-    // As it was when it was new.
-    discard_range(&memory, &(0..MEMORY));
-    let window = Windows::new(1).expect("there is memory").window(0).expect("there is one");
-    let device = MmioDevice::new(device, memory.clone(), window, Arc::new(Unheard)).expect("there are descriptors");
-    let rings = vec![Ring::default(); device.queues().len()];
-    let device = Arc::new(Mutex::new(device));
-    let mut events = EventManager::new().expect("there are descriptors");
-    events.add_subscriber(Arc::clone(&device));
-    let mut guest = Guest { device, events, memory, rings };
-    if input.u8() & 1 == 0 {
-        guest.start(input);
+    let mut guest = Guest::new(device);
+    guest.forget();
+    guest.live(backend, input);
+    guest.end(backend);
+}
+
+/// What is left of a device's life when its VM is saved.
+#[derive(Debug)]
+pub struct Saved {
+    /// What the device gave, unless it refused.
+    pub state: Vec<u8>,
+    rings: Vec<Ring>,
+}
+
+impl Saved {
+    /// What nobody has saved.
+    pub fn made_up(state: &[u8]) -> Self {
+        Self { state: state.to_vec(), rings: Vec::new() }
     }
-    for _ in 0..STEPS_MAX {
-        if input.is_empty() {
-            break;
-        }
-        guest.step(backend, input);
+}
+
+/// Drives a device as `input` says, until it is saved.
+pub fn save(device: Box<dyn VirtioDevice>, backend: &mut dyn Backend, input: &mut Input<'_>) -> Saved {
+    let mut guest = Guest::new(device);
+    guest.forget();
+    guest.live(backend, input);
+    let state = guest.lock().save().unwrap_or_default();
+    let rings = std::mem::take(&mut guest.rings);
+    Saved { state, rings }
+}
+
+/// Goes on with another device where one was saved, if that one takes it, to the end of its VM.
+pub fn go_on(device: Box<dyn VirtioDevice>, backend: &mut dyn Backend, saved: Saved, input: &mut Input<'_>) {
+    let mut guest = Guest::new(device);
+    if guest.lock().restore(&saved.state).is_err() {
+        assert_eq!(guest.read(0x70), 0, "a device that took nothing over has a status");
+    } else if saved.rings.len() == guest.rings.len() {
+        guest.rings = saved.rings;
     }
-    guest.wait(backend.patience());
-    backend.close();
-    guest.lock().flush();
-    guest.write(0x70, 0);
-    assert_eq!(guest.read(0x70), 0, "a device that was reset has a status");
-    let _ = guest.lock().metrics();
+    guest.live(backend, input);
+    // What it goes on with can be saved once more, or it is busy.
+    let _ = guest.lock().save();
+    guest.end(backend);
 }
 
 impl Guest {
+    fn new(device: Box<dyn VirtioDevice>) -> Self {
+        let memory = GUEST_MEMORY.with(Clone::clone);
+        let window = Windows::new(1).expect("there is memory").window(0).expect("there is one");
+        let device = MmioDevice::new(device, memory.clone(), window, Arc::new(Unheard)).expect("there are descriptors");
+        let rings = vec![Ring::default(); device.queues().len()];
+        let device = Arc::new(Mutex::new(device));
+        let mut events = EventManager::new().expect("there are descriptors");
+        events.add_subscriber(Arc::clone(&device));
+        Self { device, events, memory, rings }
+    }
+
+    /// Has its memory as it was when it was new.
+    fn forget(&self) {
+        discard_range(&self.memory, &(0..MEMORY));
+    }
+
+    fn live(&mut self, backend: &mut dyn Backend, input: &mut Input<'_>) {
+        if input.u8() & 1 == 0 {
+            self.start(input);
+        }
+        for _ in 0..STEPS_MAX {
+            if input.is_empty() {
+                break;
+            }
+            self.step(backend, input);
+        }
+        self.wait(backend.patience());
+    }
+
+    fn end(self, backend: &mut dyn Backend) {
+        backend.close();
+        self.lock().flush();
+        self.write(0x70, 0);
+        assert_eq!(self.read(0x70), 0, "a device that was reset has a status");
+        let _ = self.lock().metrics();
+        backend.check();
+    }
+
     fn lock(&self) -> MutexGuard<'_, MmioDevice> {
         self.device.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -4,15 +4,19 @@
 mod driver;
 
 use std::collections::BTreeMap;
-use std::io::{Read as _, Write as _};
-use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::io::{IoSlice, Read as _, Write as _};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use ::devices::balloon::Balloon;
 use ::devices::balloon::host::HostBalloon;
 use ::devices::blk::{Blk, Options};
 use ::devices::console::{Console, ConsoleOutput};
+use ::devices::device::VirtioDevice;
 use ::devices::fs::Fs;
 use ::devices::limit::{Limiter, Rate};
 use ::devices::mem::Mem;
@@ -24,8 +28,11 @@ use ::devices::rng::Rng;
 use ::devices::serial::Serial;
 use ::devices::vsock::ports::HostPorts;
 use ::devices::vsock::{GUEST_CID, HOST_CID, Vsock};
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+};
 
-use self::driver::{Backend, REGION, drive};
+use self::driver::{Backend, REGION, Saved, drive, go_on, save};
 use crate::files;
 use crate::input::Input;
 use crate::scratch;
@@ -46,6 +53,67 @@ fn limiter(input: &mut Input<'_>) -> Option<Limiter> {
     Some(Limiter::new(Some(rate(1000)), Some(rate(2))).expect("there are descriptors"))
 }
 
+/// A device, and what is behind it.
+type Made = (Box<dyn VirtioDevice>, Box<dyn Backend>);
+
+/// Makes a device in one of its shapes.
+type Make = fn(&mut Input<'_>) -> Made;
+
+/// Drives one of its shapes.
+fn one(make: Make, bytes: &[u8]) {
+    let mut input = Input::new(bytes);
+    let (device, mut backend) = make(&mut input);
+    drive(device, &mut *backend, &mut input);
+}
+
+macro_rules! devices {
+    ($($name:ident, $make:ident;)*) => {
+        $(
+            #[doc = concat!("The device that `", stringify!($make), "` makes.")]
+            pub fn $name(bytes: &[u8]) {
+                one($make, bytes);
+            }
+        )*
+
+        /// All of them.
+        const DEVICES: &[Make] = &[$($make),*];
+    };
+}
+
+devices! {
+    balloon, make_balloon;
+    blk, make_blk;
+    console, make_console;
+    fs, make_fs;
+    mem, make_mem;
+    net, make_net;
+    pmem, make_pmem;
+    rng, make_rng;
+    vsock, make_vsock;
+}
+
+/// The state of a device that is saved, changed, and restored into another one of its shape; or one that was made up.
+pub fn device_state(bytes: &[u8]) {
+    let mut input = Input::new(bytes);
+    let make = *input.one_of(DEVICES);
+    let mut shape = Input::new(input.chunk());
+    let mut again = shape.clone();
+    let (device, mut backend) = make(&mut shape);
+    let mut saved = if input.u8() & 1 == 0 {
+        save(device, &mut *backend, &mut Input::new(input.chunk()))
+    } else {
+        Saved::made_up(input.chunk())
+    };
+    for _ in 0..input.u8() % 8 {
+        let place = usize::from(input.u16());
+        if let Some(byte) = saved.state.get_mut(place) {
+            *byte ^= input.u8();
+        }
+    }
+    let (device, mut backend) = make(&mut again);
+    go_on(device, &mut *backend, saved, &mut input);
+}
+
 /// A device whose driver sends bytes, or says only what may be written.
 struct Plain;
 
@@ -56,19 +124,26 @@ impl Backend for Plain {
 }
 
 /// The entropy device.
-pub fn rng(bytes: &[u8]) {
-    let mut input = Input::new(bytes);
-    let device = Rng::new(limiter(&mut input));
-    drive(Box::new(device), &mut Plain, &mut input);
+fn make_rng(input: &mut Input<'_>) -> Made {
+    (Box::new(Rng::new(limiter(input))), Box::new(Plain))
+}
+
+struct Output(ConsoleOutput);
+
+impl Backend for Output {
+    fn request(&mut self, input: &mut Input<'_>) -> Vec<u8> {
+        input.chunk().to_vec()
+    }
+
+    fn check(&self) {
+        let _ = self.0.tail();
+    }
 }
 
 /// The console.
-pub fn console(bytes: &[u8]) {
-    let mut input = Input::new(bytes);
+fn make_console(input: &mut Input<'_>) -> Made {
     let output = ConsoleOutput::default();
-    let device = Console::new(output.clone(), limiter(&mut input));
-    drive(Box::new(device), &mut Plain, &mut input);
-    let _ = output.tail();
+    (Box::new(Console::new(output.clone(), limiter(input))), Box::new(Output(output)))
 }
 
 /// The early console's port.
@@ -119,19 +194,18 @@ impl Backend for Disk {
 }
 
 /// The block device, on a file in memory.
-pub fn blk(bytes: &[u8]) {
-    let mut input = Input::new(bytes);
+fn make_blk(input: &mut Input<'_>) -> Made {
     let shape = input.u8();
     let options = Options {
         read_only: shape & 1 != 0,
         id: "fuzz".to_owned(),
         queues: u16::from(shape >> 1) % 3,
-        limiter: limiter(&mut input),
+        limiter: limiter(input),
     };
     let mut disk = scratch::file(DISK_LENGTH);
     disk.write_all(&[0x5a; DISK_WRITTEN]).expect("a file in memory can be written");
     let device = Blk::new(disk, options).expect("a file has a length");
-    drive(Box::new(device), &mut Disk, &mut input);
+    (Box::new(device), Box::new(Disk))
 }
 
 struct Network(Vec<UnixDatagram>);
@@ -152,8 +226,7 @@ impl Backend for Network {
 }
 
 /// The network device, with messages in place of a tap.
-pub fn net(bytes: &[u8]) {
-    let mut input = Input::new(bytes);
+fn make_net(input: &mut Input<'_>) -> Made {
     let shape = input.u8();
     let (mut taps, mut peers) = (Vec::new(), Vec::new());
     for _ in 0..=(shape & 1) {
@@ -168,15 +241,17 @@ pub fn net(bytes: &[u8]) {
         mac: (shape & 2 != 0).then_some([2, 0, 0, 0, 0, 2]),
         pinned: shape & 4 != 0,
         mtu: (shape & 8 != 0).then_some(1500),
-        receive: limiter(&mut input),
-        transmit: limiter(&mut input),
+        receive: limiter(input),
+        transmit: limiter(input),
     };
-    drive(Box::new(Net::new(taps, options)), &mut Network(peers), &mut input);
+    (Box::new(Net::new(taps, options)), Box::new(Network(peers)))
 }
 
 struct Sockets {
     ports: HostPorts,
     streams: BTreeMap<u32, UnixStream>,
+    /// The name of the socket at which connections are asked for.
+    callers: Option<Vec<u8>>,
 }
 
 /// The first of the host's ports.
@@ -209,6 +284,7 @@ impl Backend for Sockets {
         let what = input.u8();
         let port = PORT + u32::from(what >> 4 & 3);
         match what % 8 {
+            1 if self.callers.is_some() => self.call(port, input),
             0 | 1 => {
                 let (ours, theirs) = UnixStream::pair().expect("there are descriptors");
                 ours.set_nonblocking(true).expect("a socket need not block");
@@ -233,6 +309,39 @@ impl Backend for Sockets {
 }
 
 impl Sockets {
+    /// Asks for a connection to a port of the guest's, or offers one of the host's; or says anything.
+    fn call(&mut self, port: u32, input: &mut Input<'_>) {
+        let Some(name) = &self.callers else { return };
+        let address = SocketAddrUnix::new_abstract_name(name).expect("the name is short");
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::NONBLOCK, None);
+        let caller = UnixStream::from(socket.expect("there are descriptors"));
+        // Too many wait to be let in.
+        if rustix::net::connect(&caller, &address).is_err() {
+            return;
+        }
+        let shape = input.u8();
+        let line = match shape % 4 {
+            0 | 1 => format!("CONNECT {}\n", 70 + u32::from(shape >> 6)).into_bytes(),
+            2 => format!("OFFER {port}\n").into_bytes(),
+            _ => input.chunk().to_vec(),
+        };
+        let (ours, theirs) = UnixStream::pair().expect("there are descriptors");
+        ours.set_nonblocking(true).expect("a socket need not block");
+        let handed = [theirs.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let hands_over = shape & 8 != 0 && control.push(SendAncillaryMessage::ScmRights(&handed));
+        let parts = [IoSlice::new(&line)];
+        // A socket that is new has room.
+        let _ = rustix::net::sendmsg(&caller, &parts, &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
+        if hands_over {
+            self.streams.insert(port + 4, caller);
+            self.streams.insert(port, ours);
+        } else {
+            self.streams.insert(port, caller);
+        }
+    }
+
     fn with(&self, port: u32, what: impl FnOnce(&UnixStream)) {
         if let Some(stream) = self.streams.get(&port) {
             what(stream);
@@ -240,12 +349,20 @@ impl Sockets {
     }
 }
 
-/// The socket device.
-pub fn vsock(bytes: &[u8]) {
-    let mut input = Input::new(bytes);
+/// The socket device, of every other input with a socket of the host at which somebody asks for connections.
+fn make_vsock(input: &mut Input<'_>) -> Made {
+    static NUMBER: AtomicU64 = AtomicU64::new(0);
     let ports = HostPorts::default();
-    let device = Vsock::new(ports.clone(), None, limiter(&mut input)).expect("there are descriptors");
-    drive(Box::new(device), &mut Sockets { ports, streams: BTreeMap::new() }, &mut input);
+    let callers = (input.u8() & 1 == 1).then(|| {
+        let (process, number) = (std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        format!("cofferdam-fuzz-{process}-{number}").into_bytes()
+    });
+    let listener = callers.as_ref().map(|name| {
+        let address = SocketAddr::from_abstract_name(name).expect("the name is short");
+        UnixListener::bind_addr(&address).expect("nobody else has the name")
+    });
+    let device = Vsock::new(ports.clone(), listener, limiter(input)).expect("there are descriptors");
+    (Box::new(device), Box::new(Sockets { ports, streams: BTreeMap::new(), callers }))
 }
 
 struct Ballooned(HostBalloon);
@@ -273,10 +390,9 @@ impl Backend for Ballooned {
 }
 
 /// The balloon.
-pub fn balloon(bytes: &[u8]) {
+fn make_balloon(_: &mut Input<'_>) -> Made {
     let host = HostBalloon::new().expect("there are descriptors");
-    let device = Balloon::new(host.clone());
-    drive(Box::new(device), &mut Ballooned(host), &mut Input::new(bytes));
+    (Box::new(Balloon::new(host.clone())), Box::new(Ballooned(host)))
 }
 
 struct Plugged(HostMem);
@@ -302,19 +418,17 @@ impl Backend for Plugged {
 }
 
 /// The memory device.
-pub fn mem(bytes: &[u8]) {
+fn make_mem(_: &mut Input<'_>) -> Made {
     let host = HostMem::new(REGION_LENGTH).expect("there are descriptors");
     host.request(REGION_LENGTH);
-    let device = Mem::new(host.clone(), REGION);
-    drive(Box::new(device), &mut Plugged(host), &mut Input::new(bytes));
+    (Box::new(Mem::new(host.clone(), REGION)), Box::new(Plugged(host)))
 }
 
 /// Persistent memory, on a file in memory or on one that cannot change.
-pub fn pmem(bytes: &[u8]) {
-    let mut input = Input::new(bytes);
+fn make_pmem(input: &mut Input<'_>) -> Made {
     let file = (input.u8() & 1 == 0).then(|| scratch::file(REGION_LENGTH));
-    let device = Pmem::new(file, REGION..REGION + REGION_LENGTH, limiter(&mut input));
-    drive(Box::new(device), &mut Plain, &mut input);
+    let device = Pmem::new(file, REGION..REGION + REGION_LENGTH, limiter(input));
+    (Box::new(device), Box::new(Plain))
 }
 
 struct Files(files::Host);
@@ -332,16 +446,17 @@ impl Backend for Files {
     fn host(&mut self, input: &mut Input<'_>) {
         self.0.change(input);
     }
+
+    fn check(&self) {
+        self.0.check();
+    }
 }
 
 /// The file system device, on a directory or a file in memory.
-pub fn fs(bytes: &[u8]) {
-    let mut input = Input::new(bytes);
-    let (host, server) = files::Host::serve(&mut input);
-    let device = Fs::new(server, "fuzz", 2, limiter(&mut input)).expect("the tag fits");
-    let mut files = Files(host);
-    drive(Box::new(device), &mut files, &mut input);
-    files.0.check();
+fn make_fs(input: &mut Input<'_>) -> Made {
+    let (host, server) = files::Host::serve(input);
+    let device = Fs::new(server, "fuzz", 2, limiter(input)).expect("the tag fits");
+    (Box::new(device), Box::new(Files(host)))
 }
 
 /// Token buckets of any size: what is never waited for is said at once, what was lifted is never waited for.
