@@ -4,13 +4,14 @@
 //! A flood goes on until its test has seen what it wants to see, or ends by itself ([`ENDS`]). The bounds are those of
 //! `docs/security/threat-model.md`, each with the constant that makes it.
 
+use std::cell::RefCell;
 use std::fs;
 use std::io::{copy, sink};
 use std::net::TcpListener;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -24,8 +25,13 @@ use crate::soak::private_kib;
 
 /// What a flood runs under: it ends after so many seconds, whatever becomes of the test.
 const ENDS: &str = "timeout 90";
-/// How often the neighbour is asked for something while a flood goes on.
+/// How often the neighbour is asked for something while a flood goes on, and how often a program in it is for an echo.
 const ASKED: usize = 3;
+const ECHOES: usize = 60;
+/// How long an echo of the neighbour's takes beside a flood: half of them, and all. Both VMs have as many CPUs as the machine, which
+/// is emulated, so that the neighbour waits for its turn; nothing else may make it wait.
+const ECHO_USUAL: Duration = Duration::from_millis(500);
+const ECHO_MOST: Duration = Duration::from_secs(5);
 /// How much more memory of its own a monitor may have in a flood than before it, in KiB: more than any of its buffers
 /// (`TAIL_MAX` of the console; `CREDIT` for each connection of a socket device; `DEPTH` operations of a block device).
 const GROWTH_KIB: u64 = 16 << 10;
@@ -43,7 +49,7 @@ const DISK: u64 = 32 << 20;
 
 /// A monitor that runs with more in its VM's configuration: lists get longer, other values are replaced. `inside` stands before
 /// its name.
-fn with(sandbox: &Sandbox, inside: &str, more: &Value) -> PathBuf {
+pub fn with(sandbox: &Sandbox, inside: &str, more: &Value) -> PathBuf {
     let path = sandbox.files().join("monitor");
     let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/e2e/configured.py");
     let (python, real) = (python.display(), programs().join("cofferdam-vmm"));
@@ -53,11 +59,38 @@ fn with(sandbox: &Sandbox, inside: &str, more: &Value) -> PathBuf {
     path
 }
 
+/// A program in a VM that says what it is told.
+struct Echo {
+    program: Running,
+    said: u64,
+}
+
+impl Echo {
+    fn of(container: &Detached<'_>) -> Self {
+        Self { program: container.verb("exec", &["-i"], &["cat"]).open_input().start(), said: 0 }
+    }
+
+    /// How long each of some echoes took, the shortest first.
+    fn times(&mut self) -> Vec<Duration> {
+        let mut time = || {
+            let began = Instant::now();
+            self.program.write("x\n");
+            self.said += 2;
+            self.program.wait_for_bytes(self.said);
+            began.elapsed()
+        };
+        let mut times: Vec<_> = (0..ECHOES).map(|_| time()).collect();
+        times.sort_unstable();
+        times
+    }
+}
+
 /// A VM that is abused, and its neighbour.
 struct Pair<'a> {
     sandbox: &'a Sandbox,
     abused: Detached<'a>,
     neighbour: Detached<'a>,
+    echo: RefCell<Echo>,
     monitor: u32,
     before_kib: u64,
 }
@@ -74,7 +107,10 @@ impl<'a> Pair<'a> {
         let monitor = sandbox.monitor();
         let neighbour = sandbox.detached("neighbour", &[], "busybox", &["sleep", "1000"]);
         let before_kib = private_kib(monitor, &abused);
-        Self { sandbox, abused, neighbour, monitor, before_kib }
+        let mut echo = Echo::of(&neighbour);
+        let idle = echo.times();
+        eprintln!("echoes beside an idle VM: {:?}, at most {:?}", idle[ECHOES / 2], idle[ECHOES - 1]);
+        Self { sandbox, abused, neighbour, echo: RefCell::new(echo), monitor, before_kib }
     }
 
     /// Starts a flood, by a script that runs while `$GO` succeeds and says `flooding` when it has begun.
@@ -96,6 +132,10 @@ impl<'a> Pair<'a> {
             let before = self.before_kib;
             assert!(now <= before + GROWTH_KIB, "the monitor's own memory grew from {before} to {now} KiB");
         }
+        let times = self.echo.borrow_mut().times();
+        let (usual, most) = (times[ECHOES / 2], times[ECHOES - 1]);
+        eprintln!("echoes beside a flood: {usual:?}, at most {most:?}");
+        assert!(usual <= ECHO_USUAL && most <= ECHO_MOST, "the neighbour is kept waiting: {times:?}");
         let kept = self.kept();
         assert!(kept <= 2 * LOG_FILE_MAX + STATE_MAX, "the state directory takes {kept} bytes");
     }

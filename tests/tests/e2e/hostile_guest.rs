@@ -31,16 +31,23 @@ const MEMORY_MAX: u64 = 192;
 /// The size of a drive and of a persistent memory in MiB.
 const DRIVE: usize = 8;
 const PMEM: usize = 2;
+/// How much of what it can be plugged with the guest touches, in MiB (`aim.rs` and `elsewhere.rs` in `tests/hostile-guest/src`):
+/// huge pages with either end in them.
+const TOUCHED: u64 = 8;
 /// What the monitor may take for itself, in MiB.
 const OWN: u64 = 16;
+/// How many devices it has.
+const DEVICES: usize = 12;
 /// What the guest may add to a directory: bytes, and inodes.
 const QUOTA: (u64, u64) = (4 << 20, 200);
 /// Whom the directory belongs to that it may write to; what it finds there is somebody else's.
 const OWNER: u32 = 1000;
 /// The file that it asks for in each directory, and how long it is (`KNOWN` in `tests/hostile-guest/src/devices/files.rs`).
 const KNOWN: (&str, usize) = ("known", 4096);
-/// The host's ports that somebody listens at, from 1 on.
+/// The host's ports that somebody listens at, from 1 on, and those of the guest's that somebody calls.
 const PORTS: u32 = 16;
+/// How long a caller waits for an answer.
+const CALLS: Duration = Duration::from_millis(50);
 
 fn cases() -> u64 {
     let told = std::env::var(tests::HOSTILE_CASES_VARIABLE);
@@ -178,6 +185,22 @@ fn returned(mut stream: UnixStream) {
     }
 }
 
+/// Asks for connections to the guest again and again, for as long as there is a monitor to ask.
+fn call(socket: PathBuf) {
+    thread::spawn(move || {
+        while UnixStream::connect(&socket).is_err() {
+            thread::sleep(CALLS);
+        }
+        for port in (1..=PORTS).cycle() {
+            let Ok(mut stream) = UnixStream::connect(&socket) else { return };
+            // What is answered is the guest's affair, and whether.
+            _ = stream.set_read_timeout(Some(CALLS));
+            _ = stream.write_all(format!("CONNECT {port}\nsomething to say").as_bytes());
+            _ = stream.read(&mut [0; 256]);
+        }
+    });
+}
+
 /// A VM with every device there is, which plays the cases of a seed.
 struct Attack {
     sandbox: Sandbox,
@@ -198,6 +221,8 @@ impl Attack {
             std::env::var_os(tests::HOSTILE_GUEST_VARIABLE).expect("`cargo xtask e2e` names the hostile guest");
         let socket = self.sandbox.files().join("echo");
         echo(&socket);
+        let callers = self.sandbox.files().join("callers");
+        call(callers.clone());
         let Files { read_only: [disk, memory], writable: [own_disk, own_memory], exports, .. } = &self.files;
         let (bytes, inodes) = QUOTA;
         let ports: Vec<_> = (1..=PORTS).map(|port| json!({"port": port, "socket": {"path": socket}})).collect();
@@ -216,6 +241,7 @@ impl Attack {
                 ],
                 "networks": [{"tap": {"name": "tap0"}, "mac": "02:00:00:00:00:02", "queue_pairs": 2}],
                 "vsock": ports,
+                "vsock_socket": {"path": callers},
                 "balloon": true,
                 "serial": true,
             },
@@ -271,8 +297,14 @@ fn a_guest_that_attacks_every_device_harms_only_itself() {
         assert!(faults.is_empty(), "{faults:#?}");
         let expected = format!("hostile: {0} cases, {0} survived, ", cases());
         assert!(last.starts_with(&expected), "seed {seed}: the guest shut down before its end: {last}");
+        let found = format!("hostile: {DEVICES} devices, ");
+        assert!(lines().any(|line| line.starts_with(&found)), "seed {seed}: not {DEVICES} devices: {said}");
+        // Something broke, something was answered, and something interrupted.
+        let counts = last.split(", ").skip(2).map(|count| count.split(' ').next().unwrap().parse::<u64>().unwrap());
+        let counts: Vec<_> = counts.collect();
+        assert!(counts.len() == 3 && counts.iter().all(|count| *count > 0), "seed {seed}: {last}");
         eprintln!("seed {seed}: {last}; the monitor had {peak} KiB");
-        let bound = MEMORY_MAX + 2 * PMEM as u64 + OWN;
+        let bound = MEMORY + TOUCHED + 2 * PMEM as u64 + OWN;
         assert!(peak > 0 && peak < bound << 10, "seed {seed}: the monitor had {peak} KiB, not below {bound} MiB");
         attack.files.check(seed);
         beside.is_undisturbed();

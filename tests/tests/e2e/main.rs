@@ -26,6 +26,7 @@ mod signals;
 mod soak;
 mod state;
 mod streams;
+mod takeover;
 mod terminal;
 mod user_env;
 mod verbs;
