@@ -266,8 +266,9 @@ impl Connection {
     /// The host's end is ready again, or its peer is gone altogether.
     pub(super) fn ready(&mut self, readable: bool, writable: bool, gone: bool) {
         self.readable |= readable;
-        if gone && !self.is_open() {
-            // Whoever asked has given up, and nothing was sent.
+        if gone && self.is_asked_for() {
+            // Whoever asked has given up, and nothing was sent. Where the guest asked, the peer may have sent all that it
+            // wanted to before it went.
             self.over = true;
         } else if gone && self.guest_sends {
             self.stop_receiving();

@@ -311,6 +311,22 @@ fn who_is_gone_on_the_host_neither_sends_nor_receives_more() {
 }
 
 #[test]
+fn who_is_gone_before_the_guest_has_its_answer_is_still_heard() {
+    let mut guest = Guest::new();
+    let (mut host, offered) = UnixStream::pair().unwrap();
+    guest.ports.offer(PORT, offered);
+    host.write_all(b"x").unwrap();
+    drop(host);
+    guest.send(&packet(REQUEST));
+    // The device hears of it while the guest has no room for an answer.
+    guest.driver.device.dispatch(Event::Backend(0));
+    assert_eq!(guest.receive().unwrap().op, RESPONSE);
+    assert_eq!(guest.receive().unwrap().data, b"x");
+    let end = guest.receive().unwrap();
+    assert_eq!((end.op, end.flags), (SHUTDOWN, 3));
+}
+
+#[test]
 fn who_takes_nothing_more_on_the_host_can_still_send() {
     let (mut guest, mut host) = Guest::connected();
     host.shutdown(Shutdown::Read).unwrap();
