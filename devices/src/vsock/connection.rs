@@ -215,7 +215,6 @@ impl Connection {
             }
             Moved::Gone => {
                 self.stop_receiving();
-                self.shutdown_due |= SHUTDOWN_RECEIVE;
                 piece.len()
             }
             Moved::Failed => {
@@ -272,10 +271,6 @@ impl Connection {
             self.over = true;
         } else if gone && self.guest_sends {
             self.stop_receiving();
-            if !self.host_sends {
-                // Otherwise the guest is told together with the end of what the peer sent.
-                self.shutdown_due |= SHUTDOWN_RECEIVE;
-            }
         } else if writable {
             self.writable = true;
             self.drain();
@@ -398,10 +393,7 @@ impl Connection {
                     self.took(count);
                 }
                 Moved::WouldBlock => self.writable = false,
-                Moved::Gone => {
-                    self.stop_receiving();
-                    self.shutdown_due |= SHUTDOWN_RECEIVE;
-                }
+                Moved::Gone => self.stop_receiving(),
                 Moved::Failed => {
                     self.over = true;
                     return;
@@ -411,9 +403,13 @@ impl Connection {
         self.finish_sending();
     }
 
-    /// The host's end takes nothing any more: what the guest sends all the same is dropped, and counts as taken.
+    /// The host's end takes nothing any more, which the guest is told: what it sends all the same is dropped, and counts as
+    /// taken.
     fn stop_receiving(&mut self) {
-        self.host_receives = false;
+        if std::mem::replace(&mut self.host_receives, false) {
+            // Not only with the end of what the peer sent: a guest that takes nothing, or has no room, never gets to that.
+            self.shutdown_due |= SHUTDOWN_RECEIVE;
+        }
         let dropped = std::mem::take(&mut self.backlog).len();
         self.took(dropped);
     }

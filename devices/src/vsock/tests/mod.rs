@@ -327,6 +327,38 @@ fn who_is_gone_before_the_guest_has_its_answer_is_still_heard() {
 }
 
 #[test]
+fn a_guest_that_only_sends_is_told_that_nobody_receives() {
+    for guest_first in [true, false] {
+        let (mut guest, host) = Guest::connected();
+        let receives_no_more = Packet { flags: 1, ..packet(SHUTDOWN) };
+        if guest_first {
+            guest.send(&receives_no_more);
+            drop(host);
+        } else {
+            drop(host);
+            guest.driver.device.dispatch(Event::Backend(0));
+            guest.send(&receives_no_more);
+        }
+        let end = guest.receive().unwrap();
+        assert_eq!((end.op, end.flags, guest.receive()), (SHUTDOWN, 1, None), "{guest_first}");
+    }
+}
+
+#[test]
+fn a_guest_without_room_is_told_that_nobody_receives_and_then_what_was_sent() {
+    let (mut guest, mut host) = Guest::connected();
+    guest.send(&Packet { credit: 0, ..packet(CREDIT_UPDATE) });
+    host.write_all(b"last").unwrap();
+    drop(host);
+    let told: Vec<_> = std::iter::from_fn(|| guest.receive()).map(|packet| (packet.op, packet.flags)).collect();
+    assert_eq!(told, [(SHUTDOWN, 1), (CREDIT_REQUEST, 0)]);
+    guest.send(&packet(CREDIT_UPDATE));
+    assert_eq!(guest.receive().unwrap().data, b"last");
+    let end = guest.receive().unwrap();
+    assert_eq!((end.op, end.flags), (SHUTDOWN, 3));
+}
+
+#[test]
 fn who_takes_nothing_more_on_the_host_can_still_send() {
     let (mut guest, mut host) = Guest::connected();
     host.shutdown(Shutdown::Read).unwrap();
