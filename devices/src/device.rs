@@ -4,6 +4,7 @@
 //! and calls it. A device therefore has no event loop, no locks and no interrupt of its own to get wrong.
 
 use std::os::fd::RawFd;
+use std::time::Duration;
 
 use thiserror::Error;
 use vmm_sys_util::epoll::EventSet;
@@ -12,6 +13,9 @@ use crate::GuestMemory;
 use crate::queue::VirtQueue;
 use crate::state::StateError;
 use crate::window::Window;
+
+/// How long the end of a VM waits for what a device has still to deliver: to a disk, or to those who receive what a guest sent.
+pub(crate) const DRAIN_MAX: Duration = Duration::from_secs(10);
 
 /// The driver broke a rule that the device cannot answer with an error status. The transport sets DEVICE_NEEDS_RESET
 /// (VIRTIO 1.2 §2.1.2) and does not call the device until the driver resets it.
@@ -204,7 +208,8 @@ pub trait VirtioDevice: Send {
     /// the last vCPU stopped and before the queues are looked at a last time.
     fn hurry(&mut self) {}
 
-    /// Delivers what the guest already handed over, waiting for slow receivers: called once, after [`VirtioDevice::hurry`].
+    /// Delivers what the guest already handed over. Waits for slow receivers, but for all of them together no longer than a
+    /// disk may take (`DRAIN_MAX`): called once, after [`VirtioDevice::hurry`].
     fn flush(&mut self) {}
 }
 

@@ -29,7 +29,7 @@ mod tests;
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
@@ -38,7 +38,7 @@ use virtio_bindings::virtio_blk::{
 
 use self::request::Limits;
 use self::serve::Pending;
-use crate::device::{Broken, Event, Loop, Resources, Trigger, VirtioDevice, Watch, read_config_bytes};
+use crate::device::{Broken, DRAIN_MAX, Event, Loop, Resources, Trigger, VirtioDevice, Watch, read_config_bytes};
 use crate::limit::Limiter;
 use crate::queue::QUEUE_SIZE_MAX;
 use crate::ring_io::{DEPTH, RingIo};
@@ -63,8 +63,6 @@ const ID_LENGTH: usize = 20;
 const SPACE_LENGTH: usize = 60;
 /// How often in one call the queues are looked at again because operations were completed meanwhile.
 const ROUNDS_MAX: u32 = 8;
-/// How long the end of a VM waits for a disk.
-const DRAIN_MAX: Duration = Duration::from_secs(10);
 /// After so many reads of which the page cache had nothing it is asked only at one in as many.
 const MISSES_MAX: u64 = 16;
 

@@ -2,6 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use proptest::prelude::*;
 use virtio_bindings::virtio_blk::{

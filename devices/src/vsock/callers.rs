@@ -160,7 +160,7 @@ impl Caller {
         let port = port.parse().ok()?;
         let end = self.descriptor.map(HostEnd::try_from).transpose().ok()?;
         if let Some(end) = &end {
-            end.set_blocking(false).ok()?;
+            end.set_nonblocking().ok()?;
         }
         let wish = match end {
             end if word.eq_ignore_ascii_case("connect") => Wish::Connect(end),

@@ -277,15 +277,22 @@ impl Connection {
         }
     }
 
-    /// Writes the backlog, waiting for the receiver.
-    pub(super) fn flush(&mut self) {
-        if !self.backlog.is_empty() && self.end.set_blocking(true).is_ok() {
-            let (first, second) = self.backlog.as_slices();
-            // A receiver that is gone wants nothing more.
-            let _ = self.end.write_all(first).and_then(|()| self.end.write_all(second));
-            self.backlog.clear();
-        }
-        self.end.stop_writing();
+    /// The guest has ended: what it sent is all, and the receiver hears of its end once it has taken it.
+    pub(super) fn finish(&mut self) {
+        self.guest_sends = false;
+        self.writable = true;
+        self.drain();
+    }
+
+    /// Whether the receiver has still to take something, and may yet.
+    pub(super) fn has_backlog(&self) -> bool {
+        !self.over && !self.backlog.is_empty()
+    }
+
+    /// The receiver took too long: it gets no more.
+    pub(super) fn give_up(&mut self) {
+        self.stop_receiving();
+        self.finish_sending();
     }
 
     /// Whether there is something to tell the guest.

@@ -121,10 +121,10 @@ impl HostEnd {
         matches!(self.end, End::Socket(_) | End::Sink(_))
     }
 
-    /// Has it wait for its peer, or never.
-    pub(super) fn set_blocking(&self, blocking: bool) -> io::Result<()> {
+    /// Has it never wait for its peer.
+    pub(super) fn set_nonblocking(&self) -> io::Result<()> {
         let Some(descriptor) = self.descriptor() else { return Ok(()) };
-        Ok(rustix::io::ioctl_fionbio(descriptor, !blocking)?)
+        Ok(rustix::io::ioctl_fionbio(descriptor, true)?)
     }
 
     /// Moves bytes into guest memory; none at the end of what the peer sends.
@@ -154,7 +154,7 @@ impl HostEnd {
         }
     }
 
-    /// Writes all of some bytes, for an end that waits.
+    /// Writes all of some bytes, which are so few that they fit.
     pub(super) fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
         match &mut self.end {
             End::Socket(stream) => stream.write_all(bytes),

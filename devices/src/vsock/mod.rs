@@ -24,13 +24,14 @@ mod tests;
 
 use std::io;
 use std::os::unix::net::UnixListener;
+use std::time::Duration;
 
 use self::incoming::Incoming;
 use self::muxer::Muxer;
 use self::outgoing::Room;
 use self::ports::HostPorts;
 use crate::GuestMemory;
-use crate::device::{Broken, Event, Resources, Trigger, VirtioDevice, Watch, read_config_bytes};
+use crate::device::{Broken, DRAIN_MAX, Event, Resources, Trigger, VirtioDevice, Watch, read_config_bytes};
 use crate::limit::Limiter;
 use crate::queue::{Buffers, QUEUE_SIZE_MAX, Served, VirtQueue};
 use crate::state::{self, StateError};
@@ -63,6 +64,8 @@ pub struct Vsock {
     /// Whether the guest is to be told that all connections are gone.
     event_due: bool,
     limiter: Option<Limiter>,
+    /// How long the end of the VM waits for those who receive.
+    patience: Duration,
     counters: Counters,
 }
 
@@ -83,7 +86,8 @@ impl Vsock {
     /// When the system has no descriptor left.
     pub fn new(ports: HostPorts, listener: Option<UnixListener>, limiter: Option<Limiter>) -> io::Result<Self> {
         let muxer = Muxer::new(ports, listener)?;
-        Ok(Self { muxer, poll_due: false, event_due: false, limiter, counters: Counters::default() })
+        let (patience, counters) = (DRAIN_MAX, Counters::default());
+        Ok(Self { muxer, poll_due: false, event_due: false, limiter, patience, counters })
     }
 
     /// Takes what the guest sends.
@@ -232,7 +236,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn flush(&mut self) {
-        self.muxer.flush();
+        self.muxer.flush(self.patience);
     }
 }
 

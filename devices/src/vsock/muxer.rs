@@ -7,8 +7,9 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use rustix::event::epoll;
+use rustix::event::{Timespec, epoll};
 
 use super::callers::{Call, Callers, Wish};
 use super::connection::{Asker, Connection, Packet, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
@@ -25,6 +26,8 @@ const CONNECTIONS_MAX: usize = 2048;
 const RESETS_MAX: usize = 256;
 /// The most callers let in at once, so that a crowd of them does not keep the guest waiting.
 const ADMITTED_MAX: usize = 64;
+/// How many ends are heard of in one call.
+const BATCH: usize = 64;
 /// The ports that connections opened by the host have there.
 const OWN_PORTS: Range<u32> = 1 << 30..1 << 31;
 
@@ -144,12 +147,34 @@ impl Muxer {
         self.resets.clear();
     }
 
-    /// Delivers what the guest sent on all connections, waiting for the receivers.
-    pub(super) fn flush(&mut self) {
-        for connection in self.connections.values_mut() {
-            connection.flush();
+    /// Delivers what the guest sent on all connections, and ends them. Waits for the receivers, but not longer than `most` for
+    /// all of them together: each gets what it takes meanwhile, and none that does not read keeps the monitor.
+    pub(super) fn flush(&mut self, most: Duration) {
+        let deadline = Instant::now() + most;
+        self.connections.values_mut().for_each(Connection::finish);
+        let mut events = no_events();
+        while self.connections.values().any(Connection::has_backlog) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            for event in self.wait(&mut events, left) {
+                // Callers are too late.
+                if let token @ Token::Connection(_) = Token::from_number(event.data.u64()) {
+                    self.note(token, event.flags);
+                }
+            }
         }
+        self.connections.values_mut().for_each(Connection::give_up);
         self.reset();
+    }
+
+    /// The next ends that are ready, for which it waits no longer than `most`.
+    fn wait<'a>(&self, events: &'a mut [epoll::Event; BATCH], most: Duration) -> &'a [epoll::Event] {
+        let most = Timespec::try_from(most).unwrap_or_default();
+        // None are ready when it was interrupted.
+        let count = epoll::wait(&*self.epoll, &mut events[..], Some(&most)).unwrap_or(0);
+        &events[..count]
     }
 
     /// Whether there may be a packet for the guest.
@@ -160,15 +185,14 @@ impl Muxer {
     /// Notes which ends are ready, and answers callers. Whoever watches the descriptor hears of each change once, so that all
     /// are looked at. Says whether there are more callers than are let in at once.
     pub(super) fn poll(&mut self) -> bool {
-        let mut events = [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 64];
+        let mut events = no_events();
         // An end that changes again after its turn is another change.
-        for _ in 0..=CONNECTIONS_MAX / events.len() {
-            let count = epoll::wait(&*self.epoll, &mut events[..], Some(&rustix::event::Timespec::default()));
-            let ready = &events[..count.unwrap_or(0)];
+        for _ in 0..=CONNECTIONS_MAX / BATCH {
+            let ready = self.wait(&mut events, Duration::ZERO);
             for event in ready {
                 self.note(Token::from_number(event.data.u64()), event.flags);
             }
-            if ready.len() < events.len() {
+            if ready.len() < BATCH {
                 break;
             }
         }
@@ -356,6 +380,11 @@ impl Muxer {
             self.resets.push_back(reset);
         }
     }
+}
+
+/// Room for as many as are heard of in one call.
+fn no_events() -> [epoll::Event; BATCH] {
+    [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; BATCH]
 }
 
 /// Puts a connection on the list if it has something to tell and is not on it.

@@ -61,7 +61,7 @@ impl HostPorts {
     /// `ConnectionRefused` when nobody is there, or what the system says.
     pub(super) fn connect(&self, port: u32) -> io::Result<HostEnd> {
         let Offer { end, .. } = self.offered().remove(&port).ok_or(io::ErrorKind::ConnectionRefused)?;
-        end.set_blocking(false)?;
+        end.set_nonblocking()?;
         Ok(end)
     }
 

@@ -5,13 +5,16 @@ mod host;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress};
 
 use super::connection::CREDIT;
 use super::ports::HostPorts;
 use super::{GUEST_CID, HOST_CID, RECEIVE, TRANSMIT, Vsock};
-use crate::device::Event;
+use crate::device::{DRAIN_MAX, Event};
 use crate::testing::{BUFFERS, Buffer, Driver};
 
 const PORT: u32 = 1024;
@@ -61,8 +64,14 @@ impl Guest {
     }
 
     fn of(listener: Option<UnixListener>) -> Self {
+        Self::with(listener, DRAIN_MAX)
+    }
+
+    /// One that waits only so long for receivers in the end.
+    fn with(listener: Option<UnixListener>, patience: Duration) -> Self {
         let ports = HostPorts::default();
-        let device = Vsock::new(ports.clone(), listener, None).unwrap();
+        let mut device = Vsock::new(ports.clone(), listener, None).unwrap();
+        device.patience = patience;
         let driver = Driver::new(Box::new(device)).start();
         Self { driver, ports, port: PORT, host_cid: HOST_CID, kind: 1, piece: 64 << 10 }
     }
@@ -70,11 +79,29 @@ impl Guest {
     /// A guest with one open connection, and the host's end of it.
     fn connected() -> (Self, UnixStream) {
         let mut guest = Self::new();
-        let (host, offered) = UnixStream::pair().unwrap();
-        guest.ports.offer(PORT, offered);
-        guest.send(&packet(REQUEST));
-        assert_eq!(guest.receive().unwrap().op, RESPONSE);
+        let host = guest.connect(PORT);
         (guest, host)
+    }
+
+    /// Connects to a port of the host, and goes on with that one; gives the host's end.
+    fn connect(&mut self, port: u32) -> UnixStream {
+        let (host, offered) = UnixStream::pair().unwrap();
+        self.ports.offer(port, offered);
+        self.port = port;
+        self.send(&packet(REQUEST));
+        assert_eq!(self.receive().unwrap().op, RESPONSE);
+        host
+    }
+
+    /// Sends as much as it has credit for when nobody receives, and says how much that is.
+    fn fill(&mut self) -> usize {
+        let (mut sent, mut forwarded) = (0, 0);
+        while sent - forwarded + (10 << 10) <= CREDIT {
+            self.send(&Packet { data: vec![1; 10 << 10], ..packet(DATA) });
+            sent += 10 << 10;
+            forwarded = self.ask_credit();
+        }
+        sent as usize
     }
 
     fn send(&mut self, packet: &Packet) {
@@ -382,20 +409,43 @@ fn what_was_sent_before_a_reset_arrives() {
 
 #[test]
 fn a_flush_delivers_the_backlog_to_a_receiver_that_reads_late() {
-    let (mut guest, mut host) = Guest::connected();
-    let (mut sent, mut forwarded) = (0, 0);
-    while sent - forwarded + (10 << 10) <= CREDIT {
-        guest.send(&Packet { data: vec![1; 10 << 10], ..packet(DATA) });
-        sent += 10 << 10;
-        forwarded = guest.ask_credit();
-    }
-    let reader = std::thread::spawn(move || {
+    let (mut guest, host) = Guest::connected();
+    let sent = guest.fill();
+    let reader = read_late(host);
+    guest.driver.device.flush();
+    assert_eq!(reader.join().unwrap(), sent);
+}
+
+/// Begins to read when the flush waits, and counts up to the end.
+fn read_late(mut host: UnixStream) -> JoinHandle<usize> {
+    std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(50));
         let mut bytes = Vec::new();
         host.read_to_end(&mut bytes).unwrap();
         bytes.len()
+    })
+}
+
+#[test]
+fn receivers_that_never_read_keep_neither_the_flush_nor_the_others() {
+    // Longer than it takes to read what comes in the meantime, and so short that two of them are soon over.
+    let mut guest = Guest::with(None, Duration::from_secs(2));
+    let [never, late, nor] = [PORT, PORT + 1, PORT + 2].map(|port| (guest.connect(port), guest.fill()));
+    let reader = read_late(late.0);
+    // Otherwise the test waits for ever.
+    let (done, flushed) = mpsc::channel();
+    std::thread::spawn(move || {
+        guest.driver.device.flush();
+        done.send(())
     });
-    guest.driver.device.flush();
-    assert_eq!(reader.join().unwrap(), sent as usize);
+    flushed.recv_timeout(Duration::from_secs(60)).expect("the flush waits for who never reads");
+    assert_eq!(reader.join().unwrap(), late.1);
+    // What was in their sockets is still theirs, and then comes the end.
+    for (mut host, sent) in [never, nor] {
+        let mut bytes = Vec::new();
+        host.read_to_end(&mut bytes).unwrap();
+        assert!((1..sent).contains(&bytes.len()), "{} of {sent}", bytes.len());
+    }
 }
 
 #[test]
