@@ -48,6 +48,8 @@ const FEATURES_OK: u32 = VIRTIO_CONFIG_S_FEATURES_OK;
 const DRIVER_OK: u32 = VIRTIO_CONFIG_S_DRIVER_OK;
 const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
 const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
+/// What a driver can say of itself. DEVICE_NEEDS_RESET is ours to say, and the other bits are nobody's.
+const DRIVER_BITS: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED;
 
 /// One device behind a register window.
 pub struct MmioDevice {
@@ -347,8 +349,8 @@ impl MmioDevice {
             self.reset();
             return;
         }
-        // A driver may only add bits (§2.1.1), one step after the other; DEVICE_NEEDS_RESET is ours.
-        let added = value & !self.status & !NEEDS_RESET;
+        // A driver may only add bits (§2.1.1), one step after the other.
+        let added = value & !self.status & DRIVER_BITS;
         let needed = if added & DRIVER_OK != 0 {
             ACKNOWLEDGE | DRIVER | FEATURES_OK
         } else if added & FEATURES_OK != 0 {
@@ -477,7 +479,7 @@ impl MutEventSubscriber for MmioDevice {
 /// Whether the status is one that a driver can have brought a device to ([`MmioDevice::set_status`]).
 fn is_reachable(status: u32) -> bool {
     let steps = [ACKNOWLEDGE | DRIVER, FEATURES_OK, DRIVER_OK];
-    let known = steps.iter().fold(NEEDS_RESET | FAILED, |all, step| all | step);
+    let known = DRIVER_BITS | NEEDS_RESET;
     // Each step needs the one before.
     let in_order = steps.windows(2).all(|pair| status & pair[1] == 0 || status & pair[0] == pair[0]);
     status & !known == 0 && in_order && (status & NEEDS_RESET == 0 || status & DRIVER_OK != 0)
@@ -540,6 +542,13 @@ mod tests {
     }
 
     #[test]
+    fn bits_of_the_status_that_no_driver_has_are_not_taken() {
+        let mut driver = Driver::new(Box::new(Rng::default())).start();
+        driver.write(0x70, u32::MAX);
+        assert_eq!(driver.read(0x70), ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED);
+    }
+
+    #[test]
     fn a_running_queue_cannot_be_moved() {
         let mut driver = Driver::new(Box::new(Rng::default())).start();
         driver.write(0x30, 0);
@@ -582,7 +591,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 
-        /// Whatever a driver does, in whatever order: the device neither panics nor hangs.
+        /// Whatever a driver does, in whatever order: the device neither panics nor hangs, and can be saved and restored.
         #[test]
         fn a_hostile_driver_does_no_harm(
             which in 0..devices().len(),
@@ -613,6 +622,9 @@ mod tests {
                 }
                 driver.device.dispatch(Event::Backend(0));
             }
+            // What is saved of it could go on elsewhere.
+            let state = driver.device.save().unwrap();
+            crate::testing::alone(devices().swap_remove(which), &driver.memory).restore(&state).unwrap();
         }
     }
 }

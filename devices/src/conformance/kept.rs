@@ -191,6 +191,25 @@ fn states_that_no_driver_can_bring_about_are_refused() {
 }
 
 #[test]
+fn whatever_a_driver_writes_as_its_status_is_restored() {
+    for (written, status) in [(0x1f, 0xf), (0x100, 0xf), (0x4f, 0xf), (0x80, 0x8f), (u32::MAX, 0x8f)] {
+        let mut driver = Driver::new(Box::new(Rng::default())).start();
+        driver.write(0x70, written);
+        assert_eq!(driver.read(0x70), status, "{written:#x}");
+        driver.move_to(Box::new(Rng::default()));
+        assert_eq!(driver.read(0x70), status, "{written:#x}");
+    }
+    // And before there is a driver.
+    for written in [0x1f, 0x100, 0x40, 0x80, 2, u32::MAX] {
+        let mut driver = Driver::new(Box::new(Rng::default()));
+        driver.write(0x70, written);
+        let status = driver.read(0x70);
+        driver.move_to(Box::new(Rng::default()));
+        assert_eq!(driver.read(0x70), status, "{written:#x}");
+    }
+}
+
+#[test]
 fn a_device_that_does_not_say_what_it_keeps_is_not_saved() {
     struct Silent;
     impl VirtioDevice for Silent {
