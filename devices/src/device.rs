@@ -161,8 +161,12 @@ pub trait VirtioDevice: Send {
         Ok(())
     }
 
+    /// As [`VirtioDevice::quiesce`], for a device that is not in service: what is under way was begun for a driver that has reset
+    /// the device since, or broken it, and nobody is told what comes of it.
+    fn settle(&mut self) {}
+
     /// What the device keeps besides its queues and the features that were agreed on, encoded. What is the host's is not in
-    /// it. Called after [`VirtioDevice::quiesce`].
+    /// it. Called after [`VirtioDevice::quiesce`] or [`VirtioDevice::settle`].
     ///
     /// # Errors
     /// [`StateError::Busy`] when that did not come to an end; [`StateError::Unsupported`], unless the device says otherwise.

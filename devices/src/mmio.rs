@@ -174,8 +174,12 @@ impl MmioDevice {
     /// # Errors
     /// [`StateError`] says why it cannot be saved now.
     pub fn save(&mut self) -> Result<Vec<u8>, StateError> {
-        if self.status & DRIVER_OK != 0 && self.status & NEEDS_RESET == 0 {
+        if self.is_in_service() {
             self.call(|device, resources| device.quiesce(resources));
+        }
+        // It may have been broken just now.
+        if !self.is_in_service() {
+            self.device.settle();
         }
         let Self { device_features_high, driver_features_high, .. } = *self;
         let state = state::seal(&DeviceState {
@@ -418,10 +422,15 @@ impl MmioDevice {
         self.queues.get_mut(self.selected_queue as usize)
     }
 
+    /// Whether the device has a driver that is ready and has not broken it.
+    fn is_in_service(&self) -> bool {
+        self.status & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK
+    }
+
     /// Calls the device, if it runs, and takes it out of service when the driver broke it.
     pub(crate) fn dispatch(&mut self, event: Event) {
         self.device.let_go();
-        if self.status & DRIVER_OK == 0 || self.status & NEEDS_RESET != 0 {
+        if !self.is_in_service() {
             return;
         }
         self.counters.events += 1;

@@ -225,6 +225,12 @@ impl VirtioDevice for Blk {
         }
     }
 
+    fn settle(&mut self) {
+        // What is completed by then must not be taken for what a later driver asks for.
+        self.pending.fill(None);
+        self.io.drain(DRAIN_MAX);
+    }
+
     /// Which requests were left in their queues is found out anew.
     fn save(&self) -> Result<Vec<u8>, StateError> {
         match self.io.under_way() {

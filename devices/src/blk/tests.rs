@@ -469,6 +469,26 @@ fn what_is_under_way_at_a_reset_is_completed_and_told_no_new_driver() {
     assert_eq!(disk.driver.used(0), None);
 }
 
+/// Nobody takes what the ring has completed while the device has no driver, or one that broke it.
+#[test]
+fn a_device_out_of_service_can_be_saved_once_its_disk_is_done() {
+    for broken in [true, false] {
+        let Some((mut disk, mut pipe)) = slow() else { return };
+        disk.offer(0, VIRTIO_BLK_T_IN, 0, &[room(DATA, 512)]);
+        disk.driver.device.dispatch(Event::Queue(0));
+        if broken {
+            disk.driver.set_available(0, 5000);
+            disk.driver.device.dispatch(Event::Queue(0));
+            assert_eq!(disk.driver.metric("broken"), 1);
+        } else {
+            disk.driver.write(0x70, 0);
+        }
+        pipe.write_all(&[1; 512]).unwrap();
+        disk.driver.device.save().unwrap();
+        assert_eq!((disk.memory(DATA), disk.driver.used(0)), ([1; 512], None));
+    }
+}
+
 #[test]
 fn a_request_that_comes_in_pieces_is_completed_when_it_is_whole() {
     let Some((mut disk, mut pipe)) = slow() else { return };
