@@ -112,9 +112,9 @@ impl Configuration<'_> {
         *self.changed = true;
     }
 
-    /// A field of it reads differently by what the driver itself asked for, and need not be told. To be called before the
-    /// driver is answered.
-    pub fn update(&mut self, offset: usize, value: &[u8]) {
+    /// A field of it, of words, reads differently by what the driver itself asked for, and need not be told. To be called before
+    /// the driver is answered.
+    pub fn update(&mut self, offset: u64, value: &[u8]) {
         self.window.put_configuration(offset, value);
     }
 }

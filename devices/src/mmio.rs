@@ -291,10 +291,10 @@ impl MmioDevice {
         self.window.put(0x70, self.status);
         for offset in (0..CONFIGURATION_LENGTH).step_by(8) {
             let mut fields = [0; 8];
-            self.device.read_config(offset, &mut fields);
+            self.device.read_config(offset as usize, &mut fields);
             self.window.put_configuration(offset, &fields);
         }
-        // Behind what it is the number of: until then a driver that reads finds another one.
+        // Behind what it is the number of: who finds it has all of that in front of him.
         self.window.put(0xfc, self.generation);
     }
 
@@ -443,8 +443,9 @@ impl MmioDevice {
         let configuration = Configuration { window, changed: &mut changed };
         let outcome = work(&mut *self.device, Resources { memory, queues, configuration });
         if changed {
-            // A driver that reads the space while it changes sees another number before than after (§2.5.2): there is one of
-            // the time in between.
+            // A driver that reads the space from before the change to the middle of it, or from there to the end, sees two
+            // numbers (§2.5.2): there is one of the time in between. Who reads both in that time is interrupted afterwards, and
+            // reads the space again.
             self.generation = self.generation.wrapping_add(1);
             self.window.put(0xfc, self.generation);
             self.generation = self.generation.wrapping_add(1);

@@ -15,7 +15,7 @@ pub const WINDOW: u64 = 0x1000;
 /// The offset of the device's configuration space in its window.
 pub const CONFIGURATION_SPACE: u64 = 0x100;
 /// How much of a configuration space is shown, in bytes: more than any of our devices has. What is behind it reads as zero.
-pub const CONFIGURATION_LENGTH: usize = 64;
+pub const CONFIGURATION_LENGTH: u64 = 64;
 
 /// The windows of some devices, one behind the other.
 #[derive(Debug)]
@@ -61,11 +61,14 @@ impl Window {
         self.register(offset).store(value.to_le(), Ordering::SeqCst);
     }
 
-    /// Has a field of the configuration space read as `value`. It must lie within [`CONFIGURATION_LENGTH`].
-    pub(crate) fn put_configuration(&self, offset: usize, value: &[u8]) {
-        let offset = self.start + CONFIGURATION_SPACE as usize + offset;
-        let written = self.region.as_volatile_slice().write_slice(value, offset);
-        written.expect("a window is a page, and fields are constants in it");
+    /// Has fields of the configuration space read as `value`, each word of it at once: drivers read the shorter fields without
+    /// looking at the generation. They must lie within [`CONFIGURATION_LENGTH`], and begin and end with a word.
+    pub(crate) fn put_configuration(&self, offset: u64, value: &[u8]) {
+        let (words, rest) = value.as_chunks::<4>();
+        debug_assert!(rest.is_empty(), "fields are words");
+        for (word, at) in words.iter().zip((CONFIGURATION_SPACE + offset..).step_by(4)) {
+            self.put(at, u32::from_le_bytes(*word));
+        }
     }
 
     /// Reads what a driver reads at `offset`; zeros behind the window.
@@ -92,6 +95,22 @@ mod tests {
         let mut both = [0; 8];
         windows.region().as_volatile_slice().read_slice(&mut both, 0xffc).unwrap();
         assert_eq!(both, [7, 0, 0, 0, 9, 0, 0, 0]);
+    }
+
+    /// A driver need not look at the generation for a field that it reads at once.
+    #[test]
+    fn a_word_of_the_configuration_space_changes_at_once() {
+        let window = Windows::new(1).unwrap().window(0).unwrap();
+        let other = window.clone();
+        let writer = std::thread::spawn(move || {
+            // Aligned for nothing.
+            let bytes = [[0u8; 9], [0xff; 9]];
+            (0..1_000_000).for_each(|turn| other.put_configuration(0, &bytes[turn % 2][1..]));
+        });
+        while !writer.is_finished() {
+            let word = window.register(CONFIGURATION_SPACE).load(Ordering::SeqCst);
+            assert!([0, u32::MAX].contains(&word), "{word:#x}");
+        }
     }
 
     #[test]

@@ -32,7 +32,7 @@ const REQUEST_LENGTH: usize = 24;
 const RESPONSE_LENGTH: u32 = 10;
 const QUEUE_SIZES: [u16; 1] = [16];
 /// The offset of plugged_size in the configuration space.
-const PLUGGED_SIZE: usize = 40;
+const PLUGGED_SIZE: u64 = 40;
 
 const PLUG: u16 = 0;
 const UNPLUG: u16 = 1;
