@@ -48,6 +48,12 @@ impl ConsoleOutput {
         self.kept().tail.iter().copied().collect()
     }
 
+    /// The line that has begun and is not shown yet.
+    #[cfg(test)]
+    pub(crate) fn line(&self) -> Vec<u8> {
+        self.kept().line.clone()
+    }
+
     fn kept(&self) -> MutexGuard<'_, Kept> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,7 +1,7 @@
 //! A 16550A serial port (COM1), output only, without interrupt: where a kernel prints before its console is up
 //! (`earlyprintk=serial`). Off unless asked for. The register model is the `vm-superio` crate's.
 
-use std::io;
+use std::io::{self, Write};
 
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial as Registers, Trigger};
@@ -25,14 +25,29 @@ impl Trigger for NoInterrupt {
     }
 }
 
+/// The output of a port whose registers flush it after each byte, which would show every line in as many pieces. Whoever
+/// watches sees whole lines; the rest of the last one is shown at the monitor's end.
+#[derive(Debug)]
+struct Lines(ConsoleOutput);
+
+impl Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// The serial port.
 #[derive(Debug)]
-pub struct Serial(Registers<NoInterrupt, NoEvents, ConsoleOutput>);
+pub struct Serial(Registers<NoInterrupt, NoEvents, Lines>);
 
 impl Serial {
     /// A port that writes to `output`.
     pub fn new(output: ConsoleOutput) -> Self {
-        Self(Registers::new(NoInterrupt, output))
+        Self(Registers::new(NoInterrupt, Lines(output)))
     }
 
     /// Handles `in` from port [`BASE`] + `offset`.
@@ -46,5 +61,22 @@ impl Serial {
             // Output cannot fail, and input does not exist.
             let _ = self.0.write(offset, value);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_held_back_until_it_is_whole_or_the_monitor_ends() {
+        let mut output = ConsoleOutput::new(true);
+        let mut serial = Serial::new(output.clone());
+        let mut print = |text: &str| text.bytes().for_each(|byte| serial.write(0, byte));
+        print("a line\nand half a ");
+        assert_eq!((output.line(), output.tail()), (b"and half a ".to_vec(), b"a line\nand half a ".to_vec()));
+        print("line");
+        output.flush().unwrap();
+        assert_eq!((output.line(), output.tail().len()), (Vec::new(), 22));
     }
 }
