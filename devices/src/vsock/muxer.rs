@@ -183,23 +183,25 @@ impl Muxer {
     }
 
     /// Notes which ends are ready, and answers callers. Whoever watches the descriptor hears of each change once, so that all
-    /// are looked at. Says whether there are more callers than are let in at once.
+    /// are looked at. Says whether there may be more than are looked at or let in at once.
     pub(super) fn poll(&mut self) -> bool {
-        let mut events = no_events();
+        let (mut events, mut more) = (no_events(), true);
         // An end that changes again after its turn is another change.
         for _ in 0..=CONNECTIONS_MAX / BATCH {
             let ready = self.wait(&mut events, Duration::ZERO);
             for event in ready {
                 self.note(Token::from_number(event.data.u64()), event.flags);
             }
-            if ready.len() < BATCH {
+            // Callers are watched besides all the connections that there can be.
+            more = ready.len() == BATCH;
+            if !more {
                 break;
             }
         }
         for _ in 0..ADMITTED_MAX {
             match self.callers.admit(&self.epoll, |id| Token::Caller(id).to_number()) {
                 Some(call) => self.answer(call),
-                None => return false,
+                None => return more,
             }
         }
         true

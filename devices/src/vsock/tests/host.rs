@@ -308,8 +308,8 @@ fn who_comes_before_there_is_a_driver_or_while_it_starts_anew_is_served_then() {
     }
 }
 
-#[test]
-fn there_are_as_many_connections_as_the_limit_says_and_both_sides_are_refused_more() {
+/// A guest with as many connections as there can be, and their ends.
+fn full() -> (Host, Guest, Vec<UnixStream>) {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let most = getrlimit(Resource::Nofile).maximum;
     setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most }).unwrap();
@@ -319,6 +319,12 @@ fn there_are_as_many_connections_as_the_limit_says_and_both_sides_are_refused_mo
         ends.push(host.say("CONNECT 77\n", &[]));
         guest.accept();
     }
+    (host, guest, ends)
+}
+
+#[test]
+fn there_are_as_many_connections_as_the_limit_says_and_both_sides_are_refused_more() {
+    let (host, mut guest, mut ends) = full();
     let mut more = host.say("CONNECT 77\n", &[]);
     assert_eq!((guest.receive(), told(&mut more).as_str()), (None, ""));
     let (_host, offered) = UnixStream::pair().unwrap();
@@ -331,4 +337,22 @@ fn there_are_as_many_connections_as_the_limit_says_and_both_sides_are_refused_mo
     assert_eq!(guest.receive().unwrap().op, RESET);
     let _again = host.say("CONNECT 77\n", &[]);
     guest.accept();
+}
+
+#[test]
+fn more_is_heard_of_than_is_looked_at_at_once() {
+    let (host, mut guest, mut ends) = full();
+    let mut callers: Vec<_> = (0..64).map(|_| host.call()).collect();
+    // As many as are let in at once: only then is it found that there are no more.
+    assert_eq!((guest.receive(), guest.receive()), (None, None));
+    // Every connection, every caller, and last of all somebody new.
+    ends.iter_mut().for_each(|end| end.write_all(b"x").unwrap());
+    callers.iter_mut().for_each(|caller| caller.write_all(b"C").unwrap());
+    let mut last = host.say("nonsense\n", &[]);
+    // What is left from before is heard of in the same turn.
+    guest.driver.turn();
+    guest.driver.heed();
+    guest.driver.heed();
+    last.set_nonblocking(true).unwrap();
+    assert_eq!(last.read(&mut [0]).unwrap(), 0, "nobody heard of the last one");
 }
