@@ -11,8 +11,9 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use smallvec::SmallVec;
 use vm_memory::VolatileSlice;
 
-/// The most buffers passed in one call; Linux takes 1,024 (`UIO_MAXIOV`), and a chain is at most a queue long.
-pub const BUFFERS_MAX: usize = crate::queue::QUEUE_SIZE_MAX as usize;
+/// The most pieces of memory passed in one call; Linux takes 1,024 (`UIO_MAXIOV`). A chain is at most a queue long, and each of
+/// its buffers in two pieces where it lies across two regions of memory.
+pub const PIECES_MAX: usize = 2 * crate::queue::QUEUE_SIZE_MAX as usize;
 
 /// Reads into all of `buffers`, in order, from `offset` of the file.
 ///
@@ -164,7 +165,7 @@ fn moved((done, outcome): (usize, io::Result<()>)) -> io::Result<usize> {
 
 /// How many vectors go into one call.
 fn count(vectors: &[libc::iovec]) -> i32 {
-    i32::try_from(vectors.len().min(BUFFERS_MAX)).unwrap_or(i32::MAX)
+    i32::try_from(vectors.len().min(PIECES_MAX)).unwrap_or(i32::MAX)
 }
 
 fn position(offset: u64) -> io::Result<i64> {

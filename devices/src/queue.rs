@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::GuestMemory;
 use crate::device::Broken;
-use crate::guest_io::BUFFERS_MAX;
+use crate::guest_io::PIECES_MAX;
 use crate::interrupt::Interrupt;
 use crate::state::{QueueState, StateError, impossible};
 
@@ -54,7 +54,8 @@ pub struct Buffers<'m> {
 /// descriptors, and a few that lead to each other are as many.
 ///
 /// # Errors
-/// What is wrong with the chain: it reaches out of memory, or has more buffers than a queue has places (§2.7.5.3.1).
+/// What is wrong with the chain: it reaches out of memory, or has more buffers than a queue has places (§2.7.5.3.1), or these are
+/// in more pieces than are moved in one call.
 pub fn walk<'m>(
     memory: &'m GuestMemory,
     chain: Chain<'m>,
@@ -62,12 +63,12 @@ pub fn walk<'m>(
 ) -> Result<(), &'static str> {
     const OUTSIDE: &str = "a buffer lies outside of memory";
     const TOO_MANY: &str = "a request has too many buffers";
-    let (mut descriptors, mut pieces) = (0, 0);
+    let (mut descriptors, mut pieces) = (0u16, 0);
     for descriptor in chain {
         let (address, length) = (descriptor.addr(), descriptor.len() as usize);
         // Also of those that are empty.
         descriptors += 1;
-        if descriptors.max(pieces) > BUFFERS_MAX {
+        if descriptors > QUEUE_SIZE_MAX || pieces > PIECES_MAX {
             return Err(TOO_MANY);
         }
         if length == 0 {
@@ -86,7 +87,7 @@ pub fn walk<'m>(
             found(&descriptor, slice.map_err(|_| OUTSIDE)?);
         }
     }
-    if pieces > BUFFERS_MAX { Err(TOO_MANY) } else { Ok(()) }
+    if pieces > PIECES_MAX { Err(TOO_MANY) } else { Ok(()) }
 }
 
 impl<'m> Buffers<'m> {
@@ -434,5 +435,55 @@ impl VirtQueue {
 
     fn broken(&self, source: Error) -> Broken {
         Broken::Queue { queue: self.index, source }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use virtio_queue::desc::RawDescriptor;
+    use virtio_queue::mock::MockSplitQueue;
+
+    use super::*;
+
+    /// Where the two regions of memory meet.
+    const SEAM: u64 = 0x1_0000;
+
+    /// In how many pieces the buffers of a chain are.
+    fn pieces(buffers: &[(u64, u32)], table: bool) -> Result<usize, &'static str> {
+        let regions = [(GuestAddress(0), SEAM as usize), (GuestAddress(SEAM), SEAM as usize)];
+        let memory = GuestMemory::from_ranges(&regions).unwrap();
+        let ring = MockSplitQueue::new(&memory, QUEUE_SIZE_MAX);
+        let last = buffers.len() - 1;
+        let describe = |(index, (address, length)): (usize, &(u64, u32))| {
+            let (more, next) = if index < last { (1, index as u16 + 1) } else { (0, 0) };
+            RawDescriptor::from(Descriptor::new(*address, *length, more, next))
+        };
+        let chain: Vec<_> = buffers.iter().enumerate().map(describe).collect();
+        if table {
+            let at = GuestAddress(SEAM + 0x8000);
+            chain
+                .iter()
+                .zip(0..)
+                .for_each(|(one, index)| memory.write_obj(*one, at.unchecked_add(index * 16)).unwrap());
+            let indirect = Descriptor::new(at.0, chain.len() as u32 * 16, 4, 0);
+            ring.add_desc_chains(&[RawDescriptor::from(indirect)], 0).unwrap();
+        } else {
+            ring.add_desc_chains(&chain, 0).unwrap();
+        }
+        let mut queue: Queue = ring.create_queue().unwrap();
+        let mut found = 0;
+        walk(&memory, queue.iter(&memory).unwrap().next().unwrap(), |_, _| found += 1).map(|()| found)
+    }
+
+    #[test]
+    fn a_chain_as_long_as_a_queue_may_have_buffers_across_regions() {
+        let (whole, cut) = ((0x8000, 16), (SEAM - 8, 16));
+        for table in [false, true] {
+            assert_eq!(pieces(&[whole; 256], table), Ok(256));
+            assert_eq!(pieces(&[&[cut][..], &[whole; 255]].concat(), table), Ok(257));
+            assert_eq!(pieces(&[&[whole; 255][..], &[cut]].concat(), table), Ok(257));
+            assert_eq!(pieces(&[cut; 256], table), Ok(512));
+        }
+        assert!(pieces(&[whole; 257], true).is_err() && pieces(&[(0x8000, 0); 257], true).is_err());
     }
 }

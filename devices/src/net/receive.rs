@@ -19,13 +19,13 @@ use super::tap::{HEADER, Tap};
 use super::{BUDGET, FRAME_MAX, has};
 use crate::GuestMemory;
 use crate::device::Broken;
-use crate::guest_io::BUFFERS_MAX;
+use crate::guest_io::PIECES_MAX;
 use crate::limit::Limiter;
 use crate::queue::{VirtQueue, walk};
 
 /// The most slices gathered, so that with those of one more chain, the header and the device's own memory there are no more
 /// than a call takes (`UIO_MAXIOV`).
-const SLICES_MAX: usize = 1024 - 2 * BUFFERS_MAX;
+const SLICES_MAX: usize = 1024 - 2 - PIECES_MAX;
 /// How many buffers of a page the longest frame takes.
 const PAGES: usize = FRAME_MAX.div_ceil(4096);
 
