@@ -234,6 +234,8 @@ impl Blk {
             }
             (_, Ok(())) => Ok(0),
             (Step::Discard, Err(error)) if is_unsupported(&error) => Err(Failure::Unsupported),
+            // A disk that lets go of larger blocks only. It is a hint, and what is kept reads as something, too.
+            (Step::Discard, Err(error)) if error.kind() == io::ErrorKind::InvalidInput => Ok(0),
             (_, Err(_)) => Err(Failure::Io),
         }
     }
@@ -276,4 +278,21 @@ fn scatter(mut bytes: &[u8], buffers: &[VolatileSlice<'_>]) -> Result<u32, Failu
         bytes = later;
     }
     if bytes.is_empty() { Ok(length) } else { Err(Failure::Io) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::blk::Options;
+
+    #[test]
+    fn a_range_that_a_disk_cannot_let_go_of_as_it_is_cut_stays() {
+        let mut device = Blk::new(tempfile::tempfile().unwrap(), Options::default()).unwrap();
+        let mut judge = |step, error| device.judge(step, Err(io::Error::from_raw_os_error(error)));
+        assert_eq!(judge(Step::Discard, libc::EINVAL), Ok(0));
+        assert_eq!(judge(Step::Discard, libc::EOPNOTSUPP), Err(Failure::Unsupported));
+        assert_eq!(judge(Step::Discard, libc::EIO), Err(Failure::Io));
+        // Who asked for zeros gets them, or hears why not.
+        assert_eq!(judge(Step::Last, libc::EINVAL), Err(Failure::Io));
+    }
 }
