@@ -60,8 +60,9 @@ pub struct MmioDevice {
     interrupt: Interrupt,
     status: u32,
     driver_features: u64,
-    device_features_high: bool,
-    driver_features_high: bool,
+    /// Which 32 of the features each register is of; none for a number above one.
+    selected_device_features: u32,
+    selected_driver_features: u32,
     selected_queue: u32,
     /// How often the configuration space has changed.
     generation: u32,
@@ -100,8 +101,8 @@ impl MmioDevice {
             interrupt,
             status: 0,
             driver_features: 0,
-            device_features_high: false,
-            driver_features_high: false,
+            selected_device_features: 0,
+            selected_driver_features: 0,
             selected_queue: 0,
             generation: 0,
             counters: Counters::default(),
@@ -181,12 +182,11 @@ impl MmioDevice {
         if !self.is_in_service() {
             self.device.settle();
         }
-        let Self { device_features_high, driver_features_high, .. } = *self;
         let state = state::seal(&DeviceState {
             device_type: self.device.device_type(),
             status: self.status,
             driver_features: self.driver_features,
-            high: (device_features_high, driver_features_high),
+            selected_features: (self.selected_device_features, self.selected_driver_features),
             selected_queue: self.selected_queue,
             generation: self.generation,
             interrupt: self.interrupt.status(),
@@ -232,7 +232,7 @@ impl MmioDevice {
         if state.interrupt & !(Interrupt::USED | Interrupt::CONFIGURATION) != 0 {
             return Err(impossible("the interrupt", state.interrupt));
         }
-        (self.device_features_high, self.driver_features_high) = state.high;
+        (self.selected_device_features, self.selected_driver_features) = state.selected_features;
         (self.selected_queue, self.generation) = (state.selected_queue, state.generation);
         let started = state.status & DRIVER_OK != 0;
         let event_idx = started && state.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
@@ -285,7 +285,7 @@ impl MmioDevice {
     fn publish(&mut self) {
         let queue = self.selected().map(|queue| (queue.ring().max_size(), queue.ring().ready()));
         let (size, ready) = queue.unwrap_or_default();
-        self.window.put(0x10, half(self.offered(), self.device_features_high));
+        self.window.put(0x10, part(self.offered(), self.selected_device_features));
         self.window.put(0x34, size.into());
         self.window.put(0x44, ready.into());
         self.window.put(0x70, self.status);
@@ -313,12 +313,13 @@ impl MmioDevice {
 
     fn write_register(&mut self, offset: u64, value: u32) {
         match offset {
-            0x14 => self.device_features_high = value == 1,
-            0x20 if self.status & FEATURES_OK == 0 => {
-                let (keep, shift) = if self.driver_features_high { (0xffff_ffff, 32) } else { (!0xffff_ffff, 0) };
-                self.driver_features = self.driver_features & keep | u64::from(value) << shift;
-            }
-            0x24 => self.driver_features_high = value == 1,
+            0x14 => self.selected_device_features = value,
+            0x20 if self.status & FEATURES_OK == 0 => match self.selected_driver_features {
+                0 => self.driver_features = self.driver_features & !0xffff_ffff | u64::from(value),
+                1 => self.driver_features = self.driver_features & 0xffff_ffff | u64::from(value) << 32,
+                _ => {}
+            },
+            0x24 => self.selected_driver_features = value,
             0x30 => self.selected_queue = value,
             INTERRUPT_ACK => self.interrupt.acknowledge(value),
             0x70 => self.set_status(value),
@@ -401,8 +402,8 @@ impl MmioDevice {
     fn clear(&mut self) {
         self.status = 0;
         self.driver_features = 0;
-        self.device_features_high = false;
-        self.driver_features_high = false;
+        self.selected_device_features = 0;
+        self.selected_driver_features = 0;
         self.selected_queue = 0;
         self.interrupt.acknowledge(u32::MAX);
         for queue in &mut self.queues {
@@ -495,10 +496,10 @@ fn is_reachable(status: u32) -> bool {
     status & !known == 0 && in_order && (status & NEEDS_RESET == 0 || status & DRIVER_OK != 0)
 }
 
-fn half(value: u64, high: bool) -> u32 {
-    let bytes = value.to_le_bytes();
-    let [a, b, c, d, e, f, g, h] = bytes;
-    u32::from_le_bytes(if high { [e, f, g, h] } else { [a, b, c, d] })
+/// The 32 features with this number; zero behind the last ones.
+fn part(features: u64, number: u32) -> u32 {
+    // Shifted as they are, they fit.
+    features.checked_shr(number.saturating_mul(32)).unwrap_or(0) as u32
 }
 
 #[cfg(test)]
@@ -556,6 +557,23 @@ mod tests {
         let mut driver = Driver::new(Box::new(Rng::default())).start();
         driver.write(0x70, u32::MAX);
         assert_eq!(driver.read(0x70), ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED);
+    }
+
+    #[test]
+    fn there_are_two_halves_of_the_features_and_nothing_else() {
+        let mut driver = Driver::new(Box::new(Rng::default()));
+        let halves = [0, 1, 2, u32::MAX].map(|select| {
+            driver.write(0x14, select);
+            driver.read(0x10)
+        });
+        assert_eq!(halves, [3 << VIRTIO_RING_F_INDIRECT_DESC, 1, 0, 0]);
+        driver.write(0x70, ACKNOWLEDGE | DRIVER);
+        for (select, features) in [(1, 1), (2, u32::MAX), (u32::MAX, u32::MAX)] {
+            driver.write(0x24, select);
+            driver.write(0x20, features);
+        }
+        driver.write(0x70, ACKNOWLEDGE | DRIVER | FEATURES_OK);
+        assert_ne!(driver.read(0x70) & FEATURES_OK, 0);
     }
 
     #[test]

@@ -84,8 +84,8 @@ pub(crate) struct DeviceState {
     pub(crate) device_type: u32,
     pub(crate) status: u32,
     pub(crate) driver_features: u64,
-    /// Which halves of the features are selected: the device's, the driver's.
-    pub(crate) high: (bool, bool),
+    /// Which 32 of the features are selected: the device's, the driver's.
+    pub(crate) selected_features: (u32, u32),
     pub(crate) selected_queue: u32,
     pub(crate) generation: u32,
     pub(crate) interrupt: u32,
