@@ -299,8 +299,7 @@ impl Memory {
 impl Subject for Memory {
     const QUEUE: usize = 0;
     const FEATURES: u32 = 1 << 1;
-    // A question changes nothing, and so has no figure of its own.
-    const SERVED: &'static str = "events";
+    const SERVED: &'static str = "served_requests";
     const REFUSED: Option<&'static str> = Some("refused_requests");
 
     fn new() -> Self {

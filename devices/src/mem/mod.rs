@@ -106,6 +106,7 @@ struct MemState {
 struct Counters {
     plugged_blocks: u64,
     unplugged_blocks: u64,
+    served_requests: u64,
     refused_requests: u64,
 }
 
@@ -128,9 +129,11 @@ impl Mem {
         buffers.take(&mut request).ok_or("a request is too short")?;
         let response = self.execute(memory, request);
         configuration.update(PLUGGED_SIZE, &self.plugged.to_le_bytes());
-        if matches!(response, Response::Refused | Response::Busy | Response::Error) {
-            self.counters.refused_requests += 1;
-        }
+        let Counters { served_requests, refused_requests, .. } = &mut self.counters;
+        *match response {
+            Response::Acknowledged | Response::State(_) => served_requests,
+            Response::Refused | Response::Busy | Response::Error => refused_requests,
+        } += 1;
         buffers.put(&response.encode()).ok_or("a request has no room for the response")?;
         Ok(RESPONSE_LENGTH)
     }
@@ -261,10 +264,11 @@ impl VirtioDevice for Mem {
     }
 
     fn metrics(&self) -> Vec<(&'static str, u64)> {
-        let Counters { plugged_blocks, unplugged_blocks, refused_requests } = self.counters;
+        let Counters { plugged_blocks, unplugged_blocks, served_requests, refused_requests } = self.counters;
         vec![
             ("plugged_blocks", plugged_blocks),
             ("unplugged_blocks", unplugged_blocks),
+            ("served_requests", served_requests),
             ("refused_requests", refused_requests),
         ]
     }
