@@ -9,6 +9,7 @@ use std::os::fd::AsFd as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Command;
+use std::sync::mpsc;
 use std::time::Duration;
 
 use fuse::{Export, Limits, Options as ExportOptions, Quota, Server, Source};
@@ -104,6 +105,9 @@ fn devices_do_nothing_that_is_not_allowed_to_their_threads() {
         "a_disk",
         "a_disk_without_a_ring",
         "a_network_device",
+        "a_balloon",
+        "a_memory_device",
+        "a_persistent_memory_device",
         "a_file_system_device",
         "a_file_system_device_that_is_read_only",
     ] {
@@ -324,6 +328,65 @@ fn every_figure_of_a_network_device_counts() {
         driver.device.dispatch(Event::Queue(4));
     });
     assert_eq!(idle, BTreeSet::from(["tap_errors", "transmit_tap_full"]));
+}
+
+#[test]
+fn every_figure_of_a_balloon_counts() {
+    let host = HostBalloon::new().unwrap();
+    // Statistics, and reports, which have the queue after those.
+    let driver = Driver::new(Box::new(Balloon::new(host.clone()))).start_with(1 << 1 | 1 << 5);
+    let (ask, heard) = mpsc::channel();
+    let idle = idle_figures_of(driver, 0, |driver| {
+        driver.memory.write_obj([BUFFERS as u32 >> 12, u32::MAX], GuestAddress(BUFFERS)).unwrap();
+        for (queue, buffer) in [(0, data(0, 8)), (1, data(0, 4)), (2, data(0, 0)), (3, room(0x1000, 4096))] {
+            driver.offer(queue, &[buffer]);
+            driver.device.dispatch(Event::Queue(queue as u16));
+        }
+        host.set_target_pages(2);
+        host.ask(Box::new(move || ask.send(()).unwrap()));
+        driver.turn();
+        driver.offer(2, &[data(0, 0)]);
+        driver.device.dispatch(Event::Queue(2));
+        heard.recv().unwrap();
+        driver.device.flush();
+    });
+    assert_eq!(idle, BTreeSet::new());
+}
+
+#[test]
+fn every_figure_of_a_memory_device_counts() {
+    // The region is the second half of the driver's memory; what it asks is in the first.
+    let (host, start) = (HostMem::new(2 << 20).unwrap(), 2 << 20);
+    let driver = Driver::new(Box::new(Mem::new(host.clone(), start))).start_with(1 << 1);
+    let idle = idle_figures_of(driver, 0, |driver| {
+        host.request(2 << 20);
+        driver.turn();
+        // Plug it, twice, ask for its state, and unplug it.
+        for kind in [0u64, 0, 3, 1] {
+            driver.memory.write_obj([kind, start, 1], GuestAddress(0x1000)).unwrap();
+            let buffer = |address, length, writable| Buffer { address, length, writable };
+            driver.offer(0, &[buffer(0x1000, 24, false), buffer(0x2000, 10, true)]);
+            driver.device.dispatch(Event::Queue(0));
+        }
+        driver.device.flush();
+    });
+    assert_eq!(idle, BTreeSet::new());
+}
+
+#[test]
+fn every_figure_of_a_persistent_memory_device_counts() {
+    let device = Pmem::new(Some(disk()), 1 << 32..(1 << 32) + (1 << 20), limiter());
+    assert_eq!(device.event_loop(), Loop::Disk);
+    let idle = idle_figures(Box::new(device), 0, |driver| {
+        // A flush, and something else that has to wait.
+        driver.memory.write_obj([0u32, 9], GuestAddress(BUFFERS)).unwrap();
+        for request in [0, 4] {
+            driver.offer(0, &[data(request, 4), room(0x1000, 4)]);
+            driver.device.dispatch(Event::Queue(0));
+        }
+        driver.device.flush();
+    });
+    assert_eq!(idle, BTreeSet::new());
 }
 
 #[test]

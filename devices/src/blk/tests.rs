@@ -156,7 +156,11 @@ fn a_read_only_device_offers_no_change_and_one_with_one_queue_not_several() {
 fn a_read_fills_the_buffers_and_what_is_cached_needs_no_ring() {
     for mut disk in Disk::both() {
         let buffers = [room(DATA, 100), room(DATA + 0x1000, 924)];
-        assert_eq!(disk.run(VIRTIO_BLK_T_IN, SECTORS - 2, &buffers), (OK, 1024));
+        let head = disk.offer(0, VIRTIO_BLK_T_IN, SECTORS - 2, &buffers);
+        disk.driver.device.dispatch(Event::Queue(0));
+        assert_eq!((disk.driver.used(0), disk.memory(STATUS)), (Some((head, 1025)), [OK]));
+        // Without a ring it is not asked what is cached.
+        assert_eq!(disk.driver.metric("cached_read_requests"), disk.driver.metric("uring"));
         assert_eq!((disk.memory::<100>(DATA), disk.memory::<924>(DATA + 0x1000)), ([7; 100], [7; 924]));
         assert_eq!((disk.driver.metric("read_bytes"), disk.driver.metric("read_requests")), (1024, 1));
     }
