@@ -24,13 +24,13 @@ use crate::network::{Network, UP};
 use crate::soak::private_kib;
 
 /// What a flood runs under: it ends after so many seconds, whatever becomes of the test.
-const ENDS: &str = "timeout 90";
+const ENDS: &str = "timeout 170";
 /// How often the neighbour is asked for something while a flood goes on, and how often a program in it is for an echo.
 const ASKED: usize = 3;
 const ECHOES: usize = 60;
 /// How long an echo of the neighbour's takes beside a flood: half of them, and all. Both VMs have as many CPUs as the machine, which
 /// is emulated, so that the neighbour waits for its turn; nothing else may make it wait.
-const ECHO_USUAL: Duration = Duration::from_millis(500);
+const ECHO_USUAL: Duration = Duration::from_millis(250);
 const ECHO_MOST: Duration = Duration::from_secs(5);
 /// How much more memory of its own a monitor may have in a flood than before it, in KiB: more than any of its buffers
 /// (`TAIL_MAX` of the console; `CREDIT` for each connection of a socket device; `DEPTH` operations of a block device).
