@@ -31,6 +31,17 @@ pub enum JailError {
         #[source]
         source: io::Error,
     },
+    /// Somebody in a group is there although it was killed.
+    #[error(
+        "process {pid} in the cgroup {} does not end, although it was killed: look at its state in /proc/{pid}",
+        path.display()
+    )]
+    Undying {
+        /// Its id.
+        pid: i32,
+        /// The group.
+        path: PathBuf,
+    },
     /// The process was not started as the first one of its namespaces.
     #[error("process {pid} is not the first one of a pid namespace: let the monitor be started without --born")]
     NotBorn {

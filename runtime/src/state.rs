@@ -11,6 +11,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt as _, symlink};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use api::config::LaunchConfig;
 use api::lock::NAME as LOCK;
@@ -19,7 +20,7 @@ use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, fstat, open, openat, sta
 use rustix::io::Errno;
 use thiserror::Error;
 
-use crate::directory::{remove, write};
+use crate::directory::{clear, sweep, write};
 use crate::lock::{self, Wait};
 use crate::record::Record;
 use crate::run::CONFIG;
@@ -29,6 +30,9 @@ pub use crate::directory::StateDirectory;
 
 /// Names the run root.
 pub const RUN_VARIABLE: &str = "COFFERDAM_RUN";
+
+/// How long a sweep waits in all for those whom it has killed.
+const SWEEP: Duration = Duration::from_millis(200);
 
 /// The directory in the run root in which each name is a symbolic link to an id.
 const NAMES: &str = "names";
@@ -288,10 +292,10 @@ impl RunRoot {
     }
 
     /// Takes a container's directory that nobody lives in, to start it again or to remove it; with what it was made from,
-    /// as that is while nobody else can start or remove it.
+    /// as that is while nobody else can start or remove it. Whoever lives in its cgroup all the same is ended.
     ///
     /// # Errors
-    /// Somebody lives in it, or it is gone.
+    /// Somebody lives in it, and holds it or does not end; or it is gone.
     pub fn take(&self, found: &Found) -> Result<(StateDirectory, Record), StateError> {
         let id = &found.record.id;
         let missing = || StateError::NoSuchContainer { key: id.clone() };
@@ -301,6 +305,7 @@ impl RunRoot {
             errno => failed("lock", &found.folder)(errno.into()),
         })?;
         let record = Record::load(&found.folder, id).ok_or_else(missing)?;
+        clear(&found.folder)?;
         let mut state = StateDirectory::new(&self.path, found.folder.clone(), lock);
         state.keep(true);
         if let Some(name) = &record.name {
@@ -343,8 +348,10 @@ impl RunRoot {
     }
 
     /// Removes what killed processes left behind: state directories that nobody holds and that are not kept, and names
-    /// that lead to none. What cannot be removed is left to the next sweep.
+    /// that lead to none. Whoever lives on in the cgroup of such a directory is killed. What cannot be removed is left to the
+    /// next sweep, and so is what those have in use who are not gone at once.
     pub fn sweep(&self) {
+        let deadline = Instant::now() + SWEEP;
         let Ok(entries) = fs::read_dir(&self.path) else { return };
         for name in entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
             // Looked at again under the lock: it may have been made meanwhile.
@@ -352,7 +359,7 @@ impl RunRoot {
                 continue;
             }
             match self.lock(&name, Wait::No, OFlags::CREATE) {
-                Ok(_lock) if !self.is_kept(&name) => _ = remove(&self.path.join(name)),
+                Ok(_lock) if !self.is_kept(&name) => _ = sweep(&self.path.join(name), deadline),
                 // On a full disk one without the file cannot be locked. Without the file it is empty, or not ours to remove;
                 // and who has just made it makes it again.
                 Err(Errno::NOSPC | Errno::DQUOT) => _ = fs::remove_dir(self.path.join(name)),
@@ -400,6 +407,7 @@ mod tests {
     use std::thread;
 
     use super::*;
+    use crate::directory::tests::Inhabitant;
 
     fn root() -> (tempfile::TempDir, RunRoot) {
         let temporary = tempfile::tempdir().unwrap();
@@ -533,6 +541,62 @@ mod tests {
         fs::write(thief.folder.join(crate::record::NAME), serde_json::to_vec(&record).unwrap()).unwrap();
         root.take(&thief).unwrap().0.remove().unwrap();
         assert_eq!(root.find("db").unwrap().record.id, other.record.id);
+    }
+
+    #[test]
+    fn whoever_lives_on_without_the_lock_is_ended_before_the_container_is_removed_or_started() {
+        let (_temporary, root) = root();
+        for remove in [false, true] {
+            let found = made(&root, None);
+            let Some(mut ghost) = Inhabitant::new(&found.folder) else { return };
+            assert!(ghost.lives());
+            let (state, _) = root.take(&found).unwrap();
+            assert!(ghost.has_ended(), "it is ended by whoever takes the container");
+            if remove {
+                // One more, which comes while it is in somebody's hands.
+                let mut another = Inhabitant::new(&found.folder).unwrap();
+                state.remove().unwrap();
+                assert!(another.has_ended() && !another.has_a_group() && !found.folder.exists());
+            } else {
+                assert!(found.folder.exists());
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_ended_stays_a_container() {
+        let (_temporary, root) = root();
+        let found = made(&root, None);
+        let Some(ghost) = Inhabitant::new(&found.folder) else { return };
+        let (state, _) = root.take(&found).unwrap();
+        // As little as one that does not end can a group be removed that has another one in it.
+        let inner = ghost.groups[0].join("inner");
+        fs::create_dir(&inner).unwrap();
+        let error = state.remove().unwrap_err();
+        assert!(matches!(error, StateError::Cgroup(_)), "{error}");
+        assert_eq!(root.find(&found.record.id).unwrap().record, found.record);
+        fs::remove_dir(inner).unwrap();
+        root.take(&found).unwrap().0.remove().unwrap();
+        assert!(!ghost.has_a_group() && root.list().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_sweep_ends_whoever_lives_on_and_waits_for_nobody_long() {
+        let (_temporary, root) = root();
+        let dead = ContainerId::generate().unwrap();
+        let folder = root.path.join(dead.as_str());
+        fs::create_dir(&folder).unwrap();
+        let Some(mut ghost) = Inhabitant::new(&folder) else { return };
+        // Held in place by something that cannot be killed.
+        let inner = ghost.groups[0].join("inner");
+        fs::create_dir(&inner).unwrap();
+        let began = Instant::now();
+        root.sweep();
+        assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+        assert!(ghost.has_ended() && folder.exists());
+        fs::remove_dir(inner).unwrap();
+        root.sweep();
+        assert!(!folder.exists() && !ghost.has_a_group());
     }
 
     #[test]

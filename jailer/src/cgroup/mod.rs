@@ -10,15 +10,13 @@
 //! A group is known by its paths, which are written down before it is made, so that it can be removed whatever happens.
 
 pub(crate) mod hierarchy;
+mod removal;
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read as _, Write as _};
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write as _};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::process::{Pid, test_kill_process};
@@ -26,12 +24,10 @@ use rustix::process::{Pid, test_kill_process};
 use crate::error::JailError;
 use hierarchy::{Kind, is_unified};
 
+pub use removal::{clear, is_inhabited, remove, remove_by};
+
 /// What all groups of monitors are in.
 const PARENT: &str = "cofferdam";
-/// How long a group may take to become empty after its process has ended.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// How often that is looked at where the kernel does not tell.
-const BETWEEN_LOOKS: Duration = Duration::from_millis(1);
 /// The length in microseconds of the period that CPU time is counted in.
 pub const CPU_PERIOD_US: u64 = 100_000;
 
@@ -208,51 +204,4 @@ impl Group {
     pub(crate) fn procs(&self) -> &[OwnedFd] {
         &self.procs
     }
-}
-
-/// Removes a group in which nobody lives any more.
-///
-/// # Errors
-/// [`JailError::Path`]: somebody does, or what the system says.
-pub fn remove(folders: &[PathBuf]) -> Result<(), JailError> {
-    let deadline = Instant::now() + PATIENCE;
-    folders.iter().try_for_each(|path| {
-        remove_one(path, deadline).map_err(|source| JailError::Path {
-            step: "remove the cgroup",
-            path: path.clone(),
-            source,
-        })
-    })
-}
-
-fn remove_one(path: &Path, deadline: Instant) -> io::Result<()> {
-    loop {
-        match fs::remove_dir(path) {
-            // The last moments of its process: descriptors and locks are closed before it leaves its group.
-            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < deadline => {
-                wait_empty(path, deadline)?;
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            removed => return removed,
-        }
-    }
-}
-
-/// Waits until nobody is in a group.
-fn wait_empty(path: &Path, deadline: Instant) -> io::Result<()> {
-    let mut events = match File::open(path.join("cgroup.events")) {
-        Ok(events) => events,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            thread::sleep(BETWEEN_LOOKS);
-            return Ok(());
-        }
-        Err(error) => return Err(error),
-    };
-    let mut text = String::new();
-    events.read_to_string(&mut text)?;
-    if text.lines().any(|line| line == "populated 1") {
-        let left = Timespec::try_from(deadline.saturating_duration_since(Instant::now())).ok();
-        poll(&mut [PollFd::new(&events, PollFlags::PRI)], left.as_ref())?;
-    }
-    Ok(())
 }
