@@ -2,14 +2,18 @@
 //!
 //! The kernel says whose the bytes of the lock file are ([`api::lock`]). Each process is known by a descriptor from before
 //! the kernel was asked again, so that its number cannot have become another process's.
+//!
+//! A monitor that was taken over can lead the kernel astray: a lock is told under the number of who took it, who may have ended
+//! while another process holds it on. So nobody is taken for a container's process who does not have the lock file open.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use api::lock::{Byte, owner};
+use api::lock::{Byte, NAME, owner};
 use jailer::readback;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -45,17 +49,44 @@ impl Holder {
         let number = owner(lock, byte)?;
         let pid = Pid::from_raw(number)?;
         let process = pidfd_open(pid, PidfdFlags::empty()).ok()?;
-        (owner(lock, byte) == Some(number)).then_some(Self { pid, process })
+        let holder = Self { pid, process };
+        // While it lives, its number is nobody else's: what was seen of that number is its own.
+        (has_open(pid, lock) && owner(lock, byte) == Some(number) && holder.lives()).then_some(holder)
+    }
+
+    fn lives(&self) -> bool {
+        !self.has_ended(Duration::ZERO)
+    }
+
+    fn has_ended(&self, patience: Duration) -> bool {
+        let mut ended = [PollFd::new(&self.process, PollFlags::IN)];
+        let patience = Timespec::try_from(patience).ok();
+        matches!(poll(&mut ended, patience.as_ref()), Ok(1))
     }
 
     /// Kills it; whether it was gone in time.
     fn kill(&self, patience: Duration) -> bool {
         // It may have ended by itself.
         _ = pidfd_send_signal(&self.process, Signal::KILL);
-        let mut ended = [PollFd::new(&self.process, PollFlags::IN)];
-        let patience = Timespec::try_from(patience).ok();
-        matches!(poll(&mut ended, patience.as_ref()), Ok(1))
+        self.has_ended(patience)
     }
+}
+
+/// Whether a process has the lock file open, in any of its threads: they need not share their descriptors.
+fn has_open(pid: Pid, lock: &File) -> bool {
+    let Ok(lock) = lock.metadata() else { return false };
+    // Others of its files are not touched: they may be on a file system that does not answer.
+    let is_lock = |path: &Path| {
+        fs::read_link(path).is_ok_and(|file| file.file_name().is_some_and(|name| name == NAME))
+            && fs::metadata(path).is_ok_and(|file| (file.dev(), file.ino()) == (lock.dev(), lock.ino()))
+    };
+    let threads = entries(&PathBuf::from(format!("/proc/{}/task", pid.as_raw_nonzero())));
+    threads.flat_map(|thread| entries(&thread.join("fd"))).any(|descriptor| is_lock(&descriptor))
+}
+
+/// What is in a folder of /proc; nothing where it cannot be read.
+fn entries(folder: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+    fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path())
 }
 
 /// Reads the jail of a container's monitor back from the kernel; `None` when there is no monitor, or it ends meanwhile.
@@ -97,6 +128,7 @@ pub fn end(folder: &Path) -> io::Result<Outcome> {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::os::unix::process::ExitStatusExt as _;
     use std::process::{Child, Command};
     use std::thread;
 
@@ -106,6 +138,8 @@ mod tests {
     /// Names the directory for, and the role of, a copy of this test program.
     const FOLDER: &str = "HOLDERS_FOLDER";
     const ROLE: &str = "HOLDERS_ROLE";
+    /// The file that says that it has its locks.
+    const READY: &str = "ready";
 
     fn copy(folder: &Path, role: &str) -> Command {
         let mut command = Command::new(std::env::current_exe().unwrap());
@@ -121,7 +155,7 @@ mod tests {
         let folder = Path::new(&folder);
         if role == "supervisor" {
             // Inherited by what it starts, as a monitor inherits it.
-            let lock = File::options().read(true).write(true).open(folder.join(api::lock::NAME)).unwrap();
+            let lock = File::options().read(true).write(true).open(folder.join(NAME)).unwrap();
             api::lock::take(&lock, Byte::Supervisor).unwrap();
             hold(&lock, Wait::Yes).unwrap();
             rustix::io::fcntl_setfd(&lock, rustix::io::FdFlags::empty()).unwrap();
@@ -129,40 +163,61 @@ mod tests {
                 copy(folder, "monitor").status().unwrap();
             }
         }
-        let lock = File::options().read(true).write(true).open(folder.join(api::lock::NAME)).unwrap();
-        api::lock::take(&lock, Byte::Monitor).unwrap();
-        if role == "alone" {
-            hold(&lock, Wait::Yes).unwrap();
+        let live = move |folder: &Path| {
+            let lock = File::options().read(true).write(true).open(folder.join(NAME)).unwrap();
+            api::lock::take(&lock, Byte::Monitor).unwrap();
+            if role != "monitor" {
+                hold(&lock, Wait::Yes).unwrap();
+            }
+            // Somebody hears that it is there.
+            fs::write(folder.join(READY), b"").unwrap();
+            thread::sleep(Duration::from_secs(60));
+            drop(lock);
+            std::process::exit(0);
+        };
+        if std::env::var(ROLE).unwrap() == "apart" {
+            let folder = folder.to_owned();
+            let apart = move || {
+                nix::sched::unshare(nix::sched::CloneFlags::CLONE_FILES).unwrap();
+                live(&folder);
+            };
+            thread::spawn(apart).join().unwrap();
+        } else {
+            live(folder);
         }
-        thread::sleep(Duration::from_secs(60));
-        drop(lock);
-        std::process::exit(0);
     }
 
-    fn begin(role: &str, byte: Byte) -> (tempfile::TempDir, Child) {
-        let folder = tempfile::tempdir().unwrap();
-        fs::write(folder.path().join(api::lock::NAME), b"").unwrap();
-        let child = copy(folder.path(), role).spawn().unwrap();
-        let lock = api::lock::open(folder.path()).unwrap().unwrap();
-        while owner(&lock, byte).is_none() || !is_held(&lock) {
+    /// Lets a process of its own live in a folder, in a role.
+    fn inhabit(folder: &Path, role: &str) -> Child {
+        if !folder.join(NAME).exists() {
+            fs::write(folder.join(NAME), b"").unwrap();
+        }
+        let child = copy(folder, role).spawn().unwrap();
+        while !folder.join(READY).exists() {
             thread::sleep(Duration::from_millis(5));
         }
+        child
+    }
+
+    fn begin(role: &str) -> (tempfile::TempDir, Child) {
+        let folder = tempfile::tempdir().unwrap();
+        let child = inhabit(folder.path(), role);
         (folder, child)
     }
 
     #[test]
     fn a_monitor_is_found_by_its_lock_and_killed() {
-        let (folder, mut child) = begin("alone", Byte::Monitor);
+        let (folder, mut child) = begin("alone");
         let lock = api::lock::open(folder.path()).unwrap().unwrap();
         assert_eq!(owner(&lock, Byte::Monitor), Some(i32::try_from(child.id()).unwrap()));
         assert_eq!(end(folder.path()).unwrap(), Outcome::Ended);
-        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&child.wait().unwrap()), Some(9));
+        assert_eq!(child.wait().unwrap().signal(), Some(9));
         assert!(!is_held(&lock) && owner(&lock, Byte::Monitor).is_none());
     }
 
     #[test]
     fn the_jail_of_a_monitor_is_told_while_it_lives() {
-        let (folder, mut child) = begin("alone", Byte::Monitor);
+        let (folder, mut child) = begin("alone");
         let told = jail(folder.path()).unwrap();
         assert_eq!(told.pid, i32::try_from(child.id()).unwrap());
         assert!(told.namespaces.values().all(|namespace| !namespace.own), "this one is in none");
@@ -173,7 +228,7 @@ mod tests {
 
     #[test]
     fn what_is_started_again_is_killed_with_what_starts_it() {
-        let (folder, mut child) = begin("supervisor", Byte::Monitor);
+        let (folder, mut child) = begin("supervisor");
         assert_eq!(end(folder.path()).unwrap(), Outcome::Ended);
         child.wait().unwrap();
         thread::sleep(Duration::from_millis(100));
@@ -185,7 +240,26 @@ mod tests {
     fn where_there_is_nothing_nothing_is_to_be_ended() {
         let folder = tempfile::tempdir().unwrap();
         assert_eq!(end(folder.path()).unwrap(), Outcome::Ended);
-        fs::write(folder.path().join(api::lock::NAME), b"").unwrap();
+        fs::write(folder.path().join(NAME), b"").unwrap();
         assert_eq!(end(folder.path()).unwrap(), Outcome::Ended);
+    }
+    #[test]
+    fn one_that_shares_its_descriptors_with_no_other_thread_is_found() {
+        let (folder, mut child) = begin("apart");
+        assert_eq!(end(folder.path()).unwrap(), Outcome::Ended);
+        assert_eq!(child.wait().unwrap().signal(), Some(9));
+    }
+
+    #[test]
+    fn nobody_is_a_holder_who_does_not_have_the_lock_open() {
+        let (folder, mut child) = begin("alone");
+        let lock = api::lock::open(folder.path()).unwrap().unwrap();
+        let mut bystander = Command::new("sleep").arg("60").spawn().unwrap();
+        let has_open = |child: &Child| has_open(Pid::from_child(child), &lock);
+        assert!(has_open(&child) && !has_open(&bystander));
+        for child in [&mut child, &mut bystander] {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
     }
 }
