@@ -4,7 +4,9 @@
 //! the kernel was asked again, so that its number cannot have become another process's.
 //!
 //! A monitor that was taken over can lead the kernel astray: a lock is told under the number of who took it, who may have ended
-//! while another process holds it on. So nobody is taken for a container's process who does not have the lock file open.
+//! while another process holds it on; and one of the two locks can be let go of without the other. So nobody is taken for a
+//! container's process who does not have the lock file open, and where nobody is found who holds a container, whoever lives in
+//! its cgroup is killed.
 
 use std::fs::{self, File};
 use std::io;
@@ -14,11 +16,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use api::lock::{Byte, NAME, owner};
-use jailer::readback;
+use jailer::{JailError, cgroup, readback};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use crate::lock::wait_free;
+use crate::directory::cgroups;
+use crate::lock::{is_free, wait_free};
 
 pub use jailer::readback::InForce;
 
@@ -103,24 +106,43 @@ pub fn jail(folder: &Path) -> Option<InForce> {
 /// # Errors
 /// The system is out of something.
 pub fn end(folder: &Path) -> io::Result<Outcome> {
+    end_within(folder, PATIENCE)
+}
+
+fn end_within(folder: &Path, patience: Duration) -> io::Result<Outcome> {
     let Some(lock) = api::lock::open(folder)? else { return Ok(Outcome::Ended) };
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience;
     let left = || deadline.saturating_duration_since(Instant::now());
     loop {
-        let mut undying = None;
+        let (mut found, mut undying) = (false, None);
         // The one above first: what is dead starts nothing again.
         for byte in [Byte::Supervisor, Byte::Monitor] {
-            if let Some(holder) = Holder::find(&lock, byte)
-                && !holder.kill(left().min(STEP))
-            {
-                undying = Some(holder.pid);
+            if let Some(holder) = Holder::find(&lock, byte) {
+                found = true;
+                if !holder.kill(left().min(STEP)) {
+                    undying = Some(holder.pid);
+                }
             }
         }
         if wait_free(folder, left().min(STEP))? {
             return Ok(Outcome::Ended);
         }
+        // Held by nobody who can be seen: by another command, whose monitor is to end as well, or by a monitor that hides. Its
+        // group it cannot leave.
+        let mut trouble = None;
+        if !found && let Err(error) = cgroup::clear(&cgroups(folder), left().min(STEP)) {
+            match error {
+                JailError::Undying { pid, .. } => undying = Pid::from_raw(pid),
+                error => trouble = Some(error),
+            }
+        }
         if left().is_zero() {
-            return Ok(undying.map_or(Outcome::Busy, Outcome::Undying));
+            return match (undying, trouble) {
+                _ if is_free(folder) => Ok(Outcome::Ended),
+                (Some(pid), _) => Ok(Outcome::Undying(pid)),
+                (None, Some(error)) => Err(io::Error::other(error)),
+                (None, None) => Ok(Outcome::Busy),
+            };
         }
     }
 }
@@ -133,6 +155,7 @@ mod tests {
     use std::thread;
 
     use super::*;
+    use crate::directory::tests::Inhabitant;
     use crate::lock::{Wait, hold, is_held};
 
     /// Names the directory for, and the role of, a copy of this test program.
@@ -165,7 +188,9 @@ mod tests {
         }
         let live = move |folder: &Path| {
             let lock = File::options().read(true).write(true).open(folder.join(NAME)).unwrap();
-            api::lock::take(&lock, Byte::Monitor).unwrap();
+            if role != "hidden" {
+                api::lock::take(&lock, Byte::Monitor).unwrap();
+            }
             if role != "monitor" {
                 hold(&lock, Wait::Yes).unwrap();
             }
@@ -203,6 +228,14 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let child = inhabit(folder.path(), role);
         (folder, child)
+    }
+
+    /// A state directory, which has the name of its container.
+    fn state() -> (tempfile::TempDir, PathBuf) {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join(crate::spec::ContainerId::generate().unwrap().as_str());
+        fs::create_dir(&folder).unwrap();
+        (root, folder)
     }
 
     #[test]
@@ -261,5 +294,26 @@ mod tests {
             child.kill().unwrap();
             child.wait().unwrap();
         }
+    }
+
+    #[test]
+    fn a_monitor_that_is_not_found_by_its_lock_is_found_by_its_group() {
+        let (_root, folder) = state();
+        let Some(mut inhabitant) = Inhabitant::with(&folder, || inhabit(&folder, "hidden")) else { return };
+        let lock = api::lock::open(&folder).unwrap().unwrap();
+        assert!(is_held(&lock) && owner(&lock, Byte::Monitor).is_none());
+        let began = Instant::now();
+        assert_eq!(end(&folder).unwrap(), Outcome::Ended);
+        assert!(inhabitant.has_ended() && !is_held(&lock));
+        assert!(began.elapsed() < PATIENCE);
+    }
+
+    #[test]
+    fn without_a_group_whoever_is_not_found_is_another_command() {
+        let (_root, folder) = state();
+        let mut child = inhabit(&folder, "hidden");
+        assert_eq!(end_within(&folder, STEP).unwrap(), Outcome::Busy);
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 }
