@@ -97,6 +97,9 @@ fn runs_already(name: &str, control: &Control<'_>, attach: bool) -> anyhow::Resu
     if status.restarting {
         bail!("container {name} is about to be started again by its restart policy: stop it first");
     }
+    if status.lingering {
+        bail!("container {name} has ended, but its monitor lives on: end it with stop or kill");
+    }
     // Its monitor is there and brings it up: another start has come before.
     let comes_up = status.state.status == ContainerStatus::Creating && status.live.is_some();
     if !comes_up && !running.contains(&status.state.status) {

@@ -91,6 +91,8 @@ pub struct Status {
     pub restarting: bool,
     /// Whether its monitor lives and does not answer.
     pub unresponsive: bool,
+    /// Whether its monitor lives on although it has left the record of an end.
+    pub lingering: bool,
 }
 
 /// A container, and the way to its monitor.
@@ -147,15 +149,22 @@ impl<'a> Control<'a> {
     async fn look(&self) -> Status {
         let told = |state, restarting| {
             let record = self.found.record.clone();
-            Status { record, state, health: None, live: None, restarting, unresponsive: false }
+            Status { record, state, health: None, live: None, restarting, unresponsive: false, lingering: false }
         };
         if !self.found.alive {
             return told(self.left(), false);
         }
         // Nobody need be asked of what has ended; what is above it would not answer.
-        if let Some(end) = self.ended() {
-            let restarting = self.restarts(&end);
-            return told(end.state, restarting);
+        if self.ended().is_some() {
+            let lingering = self.lingers().await;
+            // It may have been started again meanwhile.
+            if let Some(mut end) = self.ended() {
+                let restarting = !lingering && self.restarts(&end);
+                if lingering {
+                    end.state.error.get_or_insert_with(|| "its monitor lives on".to_owned());
+                }
+                return Status { lingering, ..told(end.state, restarting) };
+            }
         }
         let being = |status| ContainerState { status, ..ContainerState::default() };
         if !self.was_started() {
@@ -188,6 +197,18 @@ impl<'a> Control<'a> {
     /// How it ended, if its monitor has said so.
     fn ended(&self) -> Option<End> {
         api::record::read(&self.found.monitor_folder()).ok().flatten()
+    }
+
+    /// Whether its monitor lives on with the record of an end for longer than it takes to end. The record is its own word: one
+    /// that was taken over may have left it.
+    async fn lingers(&self) -> bool {
+        // Mostly there is none, which costs no thread to see.
+        if !holders::is_monitored(&self.found.folder) {
+            return false;
+        }
+        let folder = self.found.folder.clone();
+        let waited = tokio::task::spawn_blocking(move || holders::wait_unmonitored(&folder, GOODBYE));
+        !waited.await.unwrap_or(false)
     }
 
     /// Whether one that ended like this and has a lock is about to be started again.
@@ -237,8 +258,9 @@ impl<'a> Control<'a> {
     pub async fn kill(&self, signal: u8) -> Result<(), ControlError> {
         self.living()?;
         if let Some(end) = self.ended() {
-            if signal == SIGKILL && self.restarts(&end) {
-                return self.end().await;
+            // The record is its monitor's word: what lives on with it has not ended.
+            if signal == SIGKILL && (self.restarts(&end) || !self.settle_now(GOODBYE)?) {
+                return self.force();
             }
             return Err(ControlError::NotRunning { name: self.name() });
         }
@@ -270,6 +292,9 @@ impl<'a> Control<'a> {
             return Ok(());
         }
         let status = self.status().await;
+        if status.lingering {
+            return self.force();
+        }
         let has_ended = status.state.status == ContainerStatus::Exited;
         let asked = match status.live.map(|live| live.state.status) {
             Some(ContainerStatus::Running) => self.ask(signal, false).await,
@@ -340,6 +365,11 @@ impl<'a> Control<'a> {
         if ending && self.settle_now(GOODBYE)? {
             return Ok(());
         }
+        self.force()
+    }
+
+    /// Kills its monitor, and what would start it again.
+    fn force(&self) -> Result<(), ControlError> {
         let ended = holders::end(&self.found.folder);
         match ended.map_err(|source| ControlError::System { step: "end a monitor", source })? {
             Outcome::Ended => Ok(()),
@@ -356,8 +386,8 @@ impl<'a> Control<'a> {
         if !self.found.alive {
             return Ok(true);
         }
-        let Status { state, restarting, .. } = self.status().await;
-        if restarting || state.status != ContainerStatus::Exited {
+        let Status { state, restarting, lingering, .. } = self.status().await;
+        if restarting || lingering || state.status != ContainerStatus::Exited {
             return Ok(false);
         }
         self.settle_now(GOODBYE)
@@ -388,5 +418,62 @@ impl<'a> Control<'a> {
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::process::Child;
+
+    use super::*;
+    use crate::holders::tests::inhabit;
+    use crate::spec::ContainerId;
+
+    /// A container whose monitor has left the record of an end, and lives on in a role.
+    fn ended(role: &str) -> (tempfile::TempDir, RunRoot, Found, Child) {
+        let temporary = tempfile::tempdir().unwrap();
+        let root = RunRoot::open_at(&temporary.path().join("run")).unwrap();
+        let id = ContainerId::generate().unwrap();
+        let mut state = root.create(&id, None).unwrap();
+        let record = crate::record::tests::record(id.as_str(), None);
+        state.write(crate::record::NAME, &serde_json::to_vec(&record).unwrap()).unwrap();
+        state.write(CONFIG, b"{}").unwrap();
+        fs::create_dir(state.monitor_folder()).unwrap();
+        let state_of_it = ContainerState { status: ContainerStatus::Exited, exit_code: Some(0), ..Default::default() };
+        let end = End { state: state_of_it, ..End::default() };
+        api::record::write(&api::folder::Folder::open(&state.monitor_folder()).unwrap(), &end).unwrap();
+        state.keep(true);
+        drop(state);
+        let folder = root.path().join(id.as_str());
+        let child = inhabit(&folder, role);
+        let found = root.find(id.as_str()).unwrap();
+        assert!(found.alive);
+        (temporary, root, found, child)
+    }
+
+    fn wait<T>(future: impl Future<Output = T>) -> T {
+        crate::run::runtime().unwrap().block_on(future)
+    }
+
+    #[test]
+    fn a_monitor_that_lives_on_with_the_record_of_an_end_is_told_and_can_be_killed() {
+        let (_temporary, root, found, mut child) = ended("alone");
+        let control = Control::new(&root, found);
+        let status = wait(control.status());
+        assert!(status.lingering && !status.restarting && status.state.status == ContainerStatus::Exited, "{status:?}");
+        assert!(matches!(wait(control.kill(15)), Err(ControlError::NotRunning { .. })));
+        wait(control.kill(SIGKILL)).unwrap();
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&child.wait().unwrap()), Some(9));
+    }
+
+    #[test]
+    fn a_monitor_that_says_goodbye_is_one_that_has_ended() {
+        let (_temporary, root, found, mut child) = ended("brief");
+        let control = Control::new(&root, found);
+        let status = wait(control.status());
+        assert!(!status.lingering && status.state.status == ContainerStatus::Exited, "{status:?}");
+        assert!(matches!(wait(control.kill(SIGKILL)), Err(ControlError::NotRunning { .. })));
+        child.wait().unwrap();
     }
 }

@@ -13,6 +13,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use api::lock::{Byte, NAME, owner};
@@ -29,6 +30,8 @@ pub use jailer::readback::InForce;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// After so long it is looked at again: who was about to start a process may have done so.
 const STEP: Duration = Duration::from_secs(1);
+/// How often it is looked whether a group has nobody in it any more.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(1);
 
 /// How an attempt to end a container went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -147,12 +150,34 @@ fn end_within(folder: &Path, patience: Duration) -> io::Result<Outcome> {
     }
 }
 
+/// Whether a container has a monitor: not merely somebody who holds it, as what starts a monitor again and other commands do.
+pub(crate) fn is_monitored(folder: &Path) -> bool {
+    !wait_unmonitored(folder, Duration::ZERO)
+}
+
+/// Waits for the end of a container's monitor; whether it came in time.
+pub(crate) fn wait_unmonitored(folder: &Path, patience: Duration) -> bool {
+    let Ok(Some(lock)) = api::lock::open(folder) else { return true };
+    let groups = cgroups(folder);
+    let deadline = Instant::now() + patience;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match Holder::find(&lock, Byte::Monitor) {
+            Some(holder) if !holder.has_ended(left) => return false,
+            Some(_) => {}
+            None if !cgroup::is_inhabited(&groups) => return true,
+            None if left.is_zero() => return false,
+            // The last moments of a process: it lets go of its locks before it leaves its group.
+            None => thread::sleep(BETWEEN_LOOKS),
+        }
+    }
+}
+
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::fs;
     use std::os::unix::process::ExitStatusExt as _;
     use std::process::{Child, Command};
-    use std::thread;
 
     use super::*;
     use crate::directory::tests::Inhabitant;
@@ -196,7 +221,7 @@ mod tests {
             }
             // Somebody hears that it is there.
             fs::write(folder.join(READY), b"").unwrap();
-            thread::sleep(Duration::from_secs(60));
+            thread::sleep(if role == "brief" { Duration::from_millis(300) } else { Duration::from_secs(60) });
             drop(lock);
             std::process::exit(0);
         };
@@ -213,7 +238,7 @@ mod tests {
     }
 
     /// Lets a process of its own live in a folder, in a role.
-    fn inhabit(folder: &Path, role: &str) -> Child {
+    pub(crate) fn inhabit(folder: &Path, role: &str) -> Child {
         if !folder.join(NAME).exists() {
             fs::write(folder.join(NAME), b"").unwrap();
         }
@@ -301,10 +326,10 @@ mod tests {
         let (_root, folder) = state();
         let Some(mut inhabitant) = Inhabitant::with(&folder, || inhabit(&folder, "hidden")) else { return };
         let lock = api::lock::open(&folder).unwrap().unwrap();
-        assert!(is_held(&lock) && owner(&lock, Byte::Monitor).is_none());
+        assert!(is_held(&lock) && owner(&lock, Byte::Monitor).is_none() && is_monitored(&folder));
         let began = Instant::now();
         assert_eq!(end(&folder).unwrap(), Outcome::Ended);
-        assert!(inhabitant.has_ended() && !is_held(&lock));
+        assert!(inhabitant.has_ended() && !is_held(&lock) && !is_monitored(&folder));
         assert!(began.elapsed() < PATIENCE);
     }
 
@@ -312,6 +337,7 @@ mod tests {
     fn without_a_group_whoever_is_not_found_is_another_command() {
         let (_root, folder) = state();
         let mut child = inhabit(&folder, "hidden");
+        assert!(!is_monitored(&folder));
         assert_eq!(end_within(&folder, STEP).unwrap(), Outcome::Busy);
         child.kill().unwrap();
         child.wait().unwrap();

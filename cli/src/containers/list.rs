@@ -74,7 +74,7 @@ pub fn ps(args: &Ps) -> anyhow::Result<u8> {
         let mut rows = Vec::new();
         for asked in asked {
             let asked = asked.await?;
-            let runs = !matches!(asked.state, State::Exited | State::Created);
+            let runs = asked.status.lingering || !matches!(asked.state, State::Exited | State::Created);
             if (runs || args.all || by_status) && take(&filters, |filter| filter.takes(&asked)) {
                 rows.push(row(&asked));
             }
@@ -168,10 +168,12 @@ fn words(asked: &Asked) -> String {
         State::Starting => "Starting".to_owned(),
         State::Unresponsive => "Not responding".to_owned(),
         State::Restarting => format!("Restarting ({code}) {}", table::ago(since(status.state.finished_ns))),
-        State::Exited => match status.state.finished_ns {
-            Some(time) => format!("Exited ({code}) {}", table::ago(since(Some(time)))),
-            None => format!("Exited ({code})"),
-        },
+        State::Exited => {
+            let ago = status.state.finished_ns.map(|time| format!(" {}", table::ago(since(Some(time)))));
+            // Something runs, whatever became of the container.
+            let lingering = if status.lingering { ", monitor alive" } else { "" };
+            format!("Exited ({code}){}{lingering}", ago.unwrap_or_default())
+        }
         State::Running | State::Paused => {
             let up = table::ago(since(status.state.started_ns));
             let up = up.strip_suffix(" ago").unwrap_or(&up);
