@@ -7,20 +7,26 @@ use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use api::client::SOCKET;
 use jailer::{Birth, Born, JailError, Place};
 use nix::sys::signal::SigSet;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags, open};
+use rustix::io::retry_on_intr;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 use thiserror::Error;
 
+use crate::signals::{First, Signals};
 use crate::state::StateDirectory;
 
 /// The file in a state directory that takes what the monitor writes to its standard error.
 const ERRORS: &str = "monitor.log";
 /// How much of it is read.
 const ERRORS_MAX: u64 = 256 << 10;
+/// How long a monitor that was killed may take to be gone.
+const DYING: Duration = Duration::from_secs(5);
 
 /// Why a monitor was not started.
 #[derive(Debug, Error)]
@@ -161,23 +167,37 @@ impl Monitor {
         self.owned = false;
     }
 
-    /// Waits until it has ended.
+    /// Waits until it has ended, and gives how. One that takes too long is killed, for which there is no ending of its own; and
+    /// so it is when a signal comes that ends what we do: it may have been taken over, and does not have to end.
     ///
     /// # Errors
-    /// Somebody else has waited for it.
-    pub fn reap(&mut self) -> io::Result<Ending> {
-        use std::os::fd::AsFd as _;
-
-        if let Some(ending) = self.ended {
-            return Ok(ending);
+    /// Somebody else has waited for it, or it does not end although it was killed.
+    pub fn see_out(&mut self, signals: &Signals, patience: Duration) -> io::Result<Option<Ending>> {
+        if self.ended.is_some() {
+            return Ok(self.ended);
         }
-        let status = loop {
-            match waitid(WaitId::PidFd(self.process.as_fd()), WaitIdOptions::EXITED) {
-                Ok(status) => break status.ok_or(io::ErrorKind::NotFound)?,
-                Err(rustix::io::Errno::INTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
+        let in_time = signals.until_ended(self.process.as_fd(), patience)? == First::End;
+        if !in_time {
+            self.kill();
+        }
+        let ending = self.reap()?;
+        Ok(in_time.then_some(ending))
+    }
+
+    /// Takes the ending of one that has ended, or was killed.
+    fn reap(&mut self) -> io::Result<Ending> {
+        let ended = {
+            let mut ended = [PollFd::new(&self.process, PollFlags::IN)];
+            let patience = Timespec::try_from(DYING).ok();
+            retry_on_intr(|| poll(&mut ended, patience.as_ref()))?
         };
+        if ended == 0 {
+            let pid = self.pid.as_raw_nonzero();
+            let told = format!("process {pid} does not end, although it was killed: look at its state in /proc/{pid}");
+            return Err(io::Error::new(io::ErrorKind::TimedOut, told));
+        }
+        let status = retry_on_intr(|| waitid(WaitId::PidFd(self.process.as_fd()), WaitIdOptions::EXITED))?;
+        let status = status.ok_or(io::ErrorKind::NotFound)?;
         self.owned = false;
         let ending = match (status.exit_status(), status.terminating_signal()) {
             (Some(code), _) => Ending::Exited(code),
@@ -195,5 +215,38 @@ impl Drop for Monitor {
             self.kill();
             _ = self.reap();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+    use std::time::Instant;
+
+    use nix::sys::signal::{Signal as Sent, raise};
+    use rustix::process::{PidfdFlags, pidfd_open};
+
+    use super::*;
+
+    /// A monitor that does nothing but wait for its end, by itself after so many seconds.
+    #[expect(clippy::zombie_processes, reason = "it is waited for by its descriptor")]
+    fn monitor(seconds: &str) -> Monitor {
+        let child = Command::new("sleep").arg(seconds).spawn().unwrap();
+        let pid = Pid::from_child(&child);
+        Monitor { process: pidfd_open(pid, PidfdFlags::empty()).unwrap(), pid, owned: true, ended: None }
+    }
+
+    #[test]
+    fn a_monitor_that_does_not_end_is_killed_after_a_while_or_when_a_signal_comes() {
+        let signals = Signals::block().unwrap();
+        let began = Instant::now();
+        let mut late = monitor("600");
+        assert_eq!(late.see_out(&signals, Duration::from_millis(10)).unwrap(), None);
+        assert_eq!(late.ended, Some(Ending::Killed(9)));
+        raise(Sent::SIGINT).unwrap();
+        assert_eq!(monitor("600").see_out(&signals, Duration::from_secs(600)).unwrap(), None);
+        assert_eq!(monitor("0").see_out(&signals, Duration::from_secs(600)).unwrap(), Some(Ending::Exited(0)));
+        drop(monitor("600"));
+        assert!(began.elapsed() < Duration::from_secs(60));
     }
 }

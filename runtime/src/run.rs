@@ -36,7 +36,10 @@ use crate::timeline::{self, RunTimeline};
 
 /// The name of the document that a monitor is started with, in its state directory.
 pub(crate) const CONFIG: &str = "config.json";
-/// How long what is above a monitor may take to give up a container that did not start.
+/// How long a monitor may take to end that has said that its container has ended: those who are attached to its other
+/// processes may take ten seconds to read the last of their output, and one more for their answers (crate `api`).
+const GOODBYE: Duration = Duration::from_secs(15);
+/// How long a monitor, or what is above one, may take to give up a container that did not start.
 const GIVING_UP: Duration = Duration::from_secs(5);
 
 /// Why a container was not run.
@@ -373,7 +376,7 @@ impl Container {
             return Ok(finished);
         }
         // What it leaves is removed, or can be started again, when it is gone.
-        monitor.reap().map_err(reaping)?;
+        monitor.see_out(&self.signals, GOODBYE).map_err(reaping)?;
         if let Ok(Some(end)) = api::record::read(&self.state.monitor_folder()) {
             times.finish(&end);
         }
@@ -409,7 +412,7 @@ impl Container {
     /// Waits for the end of a monitor whose container did not start: it leaves a record.
     fn see_off(&self, monitor: &mut Monitor) -> Result<(), RunError> {
         if self.record.restart.is_none() {
-            return monitor.reap().map(drop).map_err(reaping);
+            return monitor.see_out(&self.signals, GIVING_UP).map(drop).map_err(reaping);
         }
         // Without a record, as on a full disk, what is above it would try for ever.
         if !wait_free(self.state.path(), GIVING_UP).map_err(reaping)? {
@@ -429,7 +432,7 @@ impl Container {
             self.end(monitor);
             None
         } else {
-            monitor.reap().ok()
+            monitor.see_out(&self.signals, GIVING_UP).ok().flatten()
         };
         let end = api::record::read(&self.state.monitor_folder());
         if let Ok(Some(End { state: ContainerState { error: Some(error), .. }, .. })) = end {

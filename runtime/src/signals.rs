@@ -2,9 +2,12 @@
 
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -42,6 +45,17 @@ pub fn exit_code(signal: Signal) -> u8 {
     u8::try_from(128 + signal as i32).unwrap_or(u8::MAX)
 }
 
+/// What came first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum First {
+    /// The end of the process.
+    End,
+    /// A signal that ends what we do.
+    Signal(Signal),
+    /// Nothing of it in time.
+    Neither,
+}
+
 /// The signals sent to this process from now on, to be read instead of delivered. Dropping it restores the mask of before,
 /// so that whoever blocks signals next finds it.
 #[derive(Debug)]
@@ -73,6 +87,43 @@ impl Signals {
         let ready = AsyncFd::with_interest(self.descriptor.as_fd(), Interest::READABLE)?;
         Ok(Waiter { ready, signals: self })
     }
+
+    /// The next signal that has come; `None` when there is none.
+    fn read(&self) -> io::Result<Option<Signal>> {
+        while let Some(information) = self.descriptor.read_signal()? {
+            let number = i32::try_from(information.ssi_signo).unwrap_or_default();
+            if let Ok(signal) = Signal::try_from(number) {
+                return Ok(Some(signal));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Waits for the end of the process of a descriptor, unless a signal comes first that ends what we do. Without a runtime:
+    /// for what ends a command, where signals are still held back.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn until_ended(&self, process: BorrowedFd<'_>, patience: Duration) -> io::Result<First> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let mut ready = [PollFd::new(&process, PollFlags::IN), PollFd::new(&self.descriptor, PollFlags::IN)];
+            match poll(&mut ready, Timespec::try_from(left).ok().as_ref()) {
+                Ok(0) if left.is_zero() => return Ok(First::Neither),
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            if ready[0].revents().contains(PollFlags::IN) {
+                return Ok(First::End);
+            }
+            while let Some(signal) = self.read()? {
+                if cancels(signal) {
+                    return Ok(First::Signal(signal));
+                }
+            }
+        }
+    }
 }
 
 impl Drop for Signals {
@@ -98,13 +149,8 @@ impl Waiter<'_> {
     pub async fn next(&self) -> io::Result<Signal> {
         loop {
             let mut ready = self.ready.readable().await?;
-            match self.signals.descriptor.read_signal()? {
-                Some(information) => {
-                    let number = i32::try_from(information.ssi_signo).unwrap_or_default();
-                    if let Ok(signal) = Signal::try_from(number) {
-                        return Ok(signal);
-                    }
-                }
+            match self.signals.read()? {
+                Some(signal) => return Ok(signal),
                 None => ready.clear_ready(),
             }
         }
@@ -157,5 +203,22 @@ mod tests {
             assert_eq!(cancelled, Err(Signal::SIGTERM));
         });
         assert_eq!((exit_code(Signal::SIGINT), exit_code(Signal::SIGTERM)), (130, 143));
+    }
+
+    #[test]
+    fn a_signal_ends_the_wait_for_a_process_and_so_does_time() {
+        let signals = Signals::block().unwrap();
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = rustix::process::Pid::from_child(&child);
+        let process = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
+        let wait = |patience| signals.until_ended(process.as_fd(), patience).unwrap();
+        assert_eq!(wait(Duration::from_millis(10)), First::Neither);
+        nix::sys::signal::raise(Signal::SIGWINCH).unwrap();
+        assert_eq!(wait(Duration::from_millis(10)), First::Neither);
+        nix::sys::signal::raise(Signal::SIGTERM).unwrap();
+        assert_eq!(wait(Duration::from_secs(60)), First::Signal(Signal::SIGTERM));
+        child.kill().unwrap();
+        assert_eq!(wait(Duration::from_secs(60)), First::End);
+        child.wait().unwrap();
     }
 }
