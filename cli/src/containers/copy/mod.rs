@@ -291,7 +291,7 @@ async fn copy_in(from: &Side, mut to: Remote, follow: bool) -> anyhow::Result<()
     let (pieces, receiver) = Client::pieces();
     let sent = Sent::new(pieces);
     let packing = thread::spawn(move || match source {
-        Some(source) => pack::pack(&source.path, &name, sent),
+        Some(source) => pack::pack(&source, &name, sent),
         None => pack::pass(io::stdin().lock(), sent),
     });
     let uploaded = to.client.upload(&to.request(&folder), receiver).await;

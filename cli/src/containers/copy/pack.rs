@@ -1,15 +1,23 @@
 //! A tree here, packed for a container.
+//!
+//! It may change meanwhile, by somebody else's hand: what the user named is opened once, and everything in it is found by the
+//! kernel below that and through no symbolic link (`openat2`). What is packed is what was opened, whatever has its name by
+//! then.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, Metadata};
 use std::io::{self, Seek as _, Write};
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use api::client::Pieces;
 use bytes::Bytes;
 use hyper::body::Frame;
-use rustix::fs::{OFlags, major, minor};
+use rustix::fs::{CWD, Dir, Mode, OFlags, ResolveFlags, major, minor, openat, openat2, readlinkat};
+use rustix::io::Errno;
 use tar::{Builder, Header};
 
 use super::Skipped;
@@ -20,8 +28,10 @@ const PIECE: usize = 64 << 10;
 /// What is to be packed.
 #[derive(Debug)]
 pub struct Source {
-    /// Where it is.
-    pub path: PathBuf,
+    /// Where it is, for who is told of it.
+    path: PathBuf,
+    /// What stands for it, as [`Source::open`] gives it.
+    file: File,
     /// What it is called; `.` where a directory's contents are meant.
     pub name: PathBuf,
     /// Whether it is a directory.
@@ -44,9 +54,22 @@ impl Source {
             Some(name) if !contents => name.into(),
             _ => PathBuf::from("."),
         };
-        let path = if follow { real.with_context(cannot)? } else { path.to_owned() };
-        let metadata = fs::symlink_metadata(&path).with_context(cannot)?;
-        Ok(Self { path, name, is_directory: metadata.is_dir() })
+        let end = if follow { OFlags::empty() } else { OFlags::NOFOLLOW };
+        let file = openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC | end, Mode::empty());
+        let file = File::from(file.with_context(cannot)?);
+        let is_directory = file.metadata().with_context(cannot)?.is_dir();
+        Ok(Self { path: path.to_owned(), file, name, is_directory })
+    }
+
+    /// Opens what is at a path in it, itself where that is empty: a descriptor that stands for it, a symbolic link included,
+    /// and cannot be read.
+    fn open(&self, path: &Path) -> io::Result<File> {
+        if path.as_os_str().is_empty() {
+            return self.file.try_clone();
+        }
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let bounds = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        Ok(openat2(&self.file, path, flags, Mode::empty(), bounds)?.into())
     }
 }
 
@@ -54,7 +77,7 @@ impl Source {
 ///
 /// # Errors
 /// What cannot be read, or the broken pipe of an archive that nobody takes any more.
-pub fn pack(source: &Path, name: &Path, to: Sent) -> anyhow::Result<()> {
+pub fn pack(source: &Source, name: &Path, to: Sent) -> anyhow::Result<()> {
     let mut archive = Builder::new(to);
     let packed = tree(&mut archive, source, name).and_then(|()| Ok(archive.finish()?));
     // The other side must not take what came so far for all of it, although a builder that is dropped ends its archive.
@@ -76,33 +99,45 @@ pub fn pass(mut input: impl io::Read, mut to: Sent) -> anyhow::Result<()> {
     }
 }
 
-fn tree<W: Write>(archive: &mut Builder<W>, source: &Path, name: &Path) -> anyhow::Result<()> {
+fn tree<W: Write>(archive: &mut Builder<W>, source: &Source, name: &Path) -> anyhow::Result<()> {
     let mut skipped = Skipped::default();
-    let mut left = vec![(source.to_owned(), name.to_owned())];
+    let mut left = vec![(PathBuf::new(), name.to_owned())];
     while let Some((path, name)) = left.pop() {
-        let metadata = fs::symlink_metadata(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let shown = || source.path.join(&path);
+        let file = source.open(&path).with_context(|| format!("cannot read {}", shown().display()))?;
+        let metadata = file.metadata().with_context(|| format!("cannot read {}", shown().display()))?;
         if metadata.file_type().is_socket() {
-            skipped.add(&path.to_string_lossy());
+            skipped.add(&shown().to_string_lossy());
             continue;
         }
-        add(archive, &path, &name, &metadata).with_context(|| format!("cannot pack {}", path.display()))?;
+        add(archive, &file, &name, &metadata).with_context(|| format!("cannot pack {}", shown().display()))?;
         if metadata.is_dir() {
-            for entry in fs::read_dir(&path).with_context(|| format!("cannot list {}", path.display()))? {
-                let file = entry?.file_name();
-                left.push((path.join(&file), name.join(&file)));
-            }
+            let names = list(&file).with_context(|| format!("cannot list {}", shown().display()))?;
+            left.extend(names.into_iter().map(|file| (path.join(&file), name.join(&file))));
         }
     }
     skipped.tell();
     Ok(())
 }
 
-fn add<W: Write>(archive: &mut Builder<W>, path: &Path, name: &Path, metadata: &Metadata) -> anyhow::Result<()> {
+/// The names in a directory.
+fn list(directory: &File) -> Result<Vec<PathBuf>, Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let mut names = Vec::new();
+    for entry in Dir::new(openat(directory, ".", flags, Mode::empty())?)? {
+        let entry = entry?;
+        if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
+            names.push(OsStr::from_bytes(entry.file_name().to_bytes()).into());
+        }
+    }
+    Ok(names)
+}
+
+fn add<W: Write>(archive: &mut Builder<W>, file: &File, name: &Path, metadata: &Metadata) -> anyhow::Result<()> {
     let mut header = Header::new_gnu();
     if metadata.is_file() {
-        // One that was replaced by a link or a FIFO meanwhile leads nowhere, and nobody waits for it.
-        let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
-        let mut file = File::options().read(true).custom_flags(flags).open(path)?;
+        // What was looked at, by its descriptor: a regular file, which nobody waits for.
+        let mut file = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
         let metadata = file.metadata()?;
         header.set_metadata(&metadata);
         header.set_size(metadata.len());
@@ -115,7 +150,8 @@ fn add<W: Write>(archive: &mut Builder<W>, path: &Path, name: &Path, metadata: &
     header.set_metadata(metadata);
     header.set_size(0);
     if metadata.is_symlink() {
-        return Ok(archive.append_link(&mut header, name, fs::read_link(path)?)?);
+        let target = readlinkat(file, c"", Vec::new())?;
+        return Ok(archive.append_link(&mut header, name, OsStr::from_bytes(target.to_bytes()))?);
     }
     header.set_device_major(major(metadata.rdev()))?;
     header.set_device_minor(minor(metadata.rdev()))?;
@@ -158,6 +194,7 @@ mod tests {
     use std::collections::BTreeMap;
     use std::os::unix::fs::symlink;
     use std::os::unix::net::UnixListener;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use api::client::Client;
     use tar::{Archive, EntryType};
@@ -198,11 +235,12 @@ mod tests {
         let sparse = File::create(tree_path.join("sparse")).unwrap();
         sparse.set_len(8 << 20).unwrap();
         symlink("deep", tree_path.join("link")).unwrap();
-        rustix::fs::mkfifoat(rustix::fs::CWD, tree_path.join("fifo"), rustix::fs::Mode::RUSR).unwrap();
+        rustix::fs::mkfifoat(CWD, tree_path.join("fifo"), Mode::RUSR).unwrap();
         let _socket = UnixListener::bind(tree_path.join("socket")).unwrap();
         for (name, prefix) in [("new", "new/"), (".", "")] {
             let mut archive = Builder::new(Vec::new());
-            tree(&mut archive, &tree_path.join("."), Path::new(name)).unwrap();
+            let source = Source::find(&tree_path.join("."), false).unwrap();
+            tree(&mut archive, &source, Path::new(name)).unwrap();
             let bytes = archive.into_inner().unwrap();
             let mut archive = Archive::new(&*bytes);
             let entries = archive.entries().unwrap().map(|entry| {
@@ -224,9 +262,60 @@ mod tests {
     #[test]
     fn an_archive_that_breaks_off_does_not_end_as_a_whole_one() {
         let (pieces, mut receiver) = Client::pieces();
-        let packing = std::thread::spawn(move || pack(Path::new("/nothing/there"), Path::new("x"), Sent::new(pieces)));
+        // No archive has an absolute name.
+        let source = Source::find(Path::new("/dev/null"), false).unwrap();
+        let packing = std::thread::spawn(move || pack(&source, Path::new("/x"), Sent::new(pieces)));
         assert!(receiver.blocking_recv().unwrap().is_err());
         assert!(receiver.blocking_recv().is_none());
         assert!(packing.join().unwrap().is_err());
+    }
+
+    #[test]
+    fn nothing_is_packed_from_elsewhere_while_a_tree_changes() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |text: &str| folder.path().join(text);
+        for (file, text) in [("elsewhere/file", "secret"), ("tree/inner/file", "own")] {
+            fs::create_dir_all(path(file).parent().unwrap()).unwrap();
+            fs::write(path(file), text).unwrap();
+        }
+        symlink("../elsewhere", path("tree/other")).unwrap();
+        let (done, mut leaked) = (AtomicBool::new(false), false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    let (one, other) = (path("tree/inner"), path("tree/other"));
+                    let flags = rustix::fs::RenameFlags::EXCHANGE;
+                    rustix::fs::renameat_with(CWD, one, CWD, other, flags).unwrap();
+                }
+            });
+            leaked = (0..1000).any(|_| {
+                let mut archive = Builder::new(Vec::new());
+                let source = Source::find(&path("tree"), false).unwrap();
+                // It may break off, when what was a directory is a link.
+                _ = tree(&mut archive, &source, Path::new("x"));
+                let bytes = archive.into_inner().unwrap();
+                bytes.windows(6).any(|bytes| bytes == b"secret")
+            });
+            done.store(true, Ordering::Relaxed);
+        });
+        assert!(!leaked);
+    }
+
+    #[test]
+    fn a_directory_that_became_a_link_leads_nowhere() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |text: &str| folder.path().join(text);
+        fs::create_dir_all(path("tree")).unwrap();
+        fs::write(path("secret"), "").unwrap();
+        symlink("..", path("tree/deep")).unwrap();
+        let source = Source::find(&path("tree"), false).unwrap();
+        assert!(source.open(Path::new("deep")).unwrap().metadata().unwrap().is_symlink());
+        for leads_out in ["deep/secret", "../secret", "/etc/passwd"] {
+            assert!(source.open(Path::new(leads_out)).is_err(), "{leads_out}");
+        }
+        // What was opened stays what is packed, whatever has its name now.
+        fs::rename(path("tree"), path("moved")).unwrap();
+        symlink("/", path("tree")).unwrap();
+        assert_eq!(list(&source.open(Path::new("")).unwrap()).unwrap(), [PathBuf::from("deep")]);
     }
 }
