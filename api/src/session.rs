@@ -37,7 +37,17 @@ pub enum SessionError {
 
 /// A message of the guest's, or of a client's, fit for a line on a terminal.
 pub fn shown(message: &str) -> String {
-    message.chars().take(MESSAGE_MAX).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+    message.chars().take(MESSAGE_MAX).map(harmless).collect()
+}
+
+/// As [`shown`], and whole: for whoever reads it with a program.
+pub fn shown_whole(text: &str) -> String {
+    text.chars().map(harmless).collect()
+}
+
+/// A character that does nothing to a terminal but to be seen.
+fn harmless(c: char) -> char {
+    if c.is_control() { '\u{fffd}' } else { c }
 }
 
 /// The end of a text of the guest's, with its lines, otherwise fit for a terminal.
@@ -72,6 +82,7 @@ mod tests {
     #[test]
     fn a_guest_cannot_drive_a_terminal() {
         assert_eq!(shown("no\nway\u{1b}[2J"), "no\u{fffd}way\u{fffd}[2J");
+        assert_eq!(shown_whole(&"\u{9b}\n".repeat(MESSAGE_MAX)), "\u{fffd}".repeat(2 * MESSAGE_MAX));
         assert_eq!(shown_lines("a\r\nb\u{1b}c\n"), "a\nb\u{fffd}c\n");
     }
 }

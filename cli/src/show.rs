@@ -1,4 +1,6 @@
 //! The forms in which lists are shown: a table for people, JSON for programs, or some of the fields of the latter for scripts.
+//!
+//! All of them may end on a terminal, and some of what they hold are words of a monitor's, which its guest may have taken over.
 
 use std::convert::Infallible;
 use std::str::FromStr;
@@ -38,10 +40,30 @@ impl Format {
     pub fn show<T: Serialize>(&self, rows: &[T], table: impl FnOnce(&[T]) -> String) -> anyhow::Result<String> {
         match self {
             Self::Table => Ok(table(rows)),
-            Self::Json => Ok(format!("{}\n", serde_json::to_string_pretty(rows)?)),
+            Self::Json => Ok(json(rows)?),
             Self::Fields(fields) => rows.iter().map(|row| line(&serde_json::to_value(row)?, fields)).collect(),
         }
     }
+}
+
+/// JSON for programs, which does nothing to a terminal either.
+///
+/// # Errors
+/// It does not encode.
+pub fn json<T: Serialize + ?Sized>(value: &T) -> serde_json::Result<String> {
+    Ok(escaped(&serde_json::to_string_pretty(value)?) + "\n")
+}
+
+/// JSON with those control characters escaped that JSON itself lets be: DEL, and those that begin a sequence for a terminal
+/// where it reads 8-bit ones. They can only be in strings.
+pub fn escaped(json: &str) -> String {
+    json.chars().fold(String::with_capacity(json.len()), |mut text, c| {
+        match c {
+            '\u{7f}'..='\u{9f}' => text.push_str(&format!("\\u{:04x}", u32::from(c))),
+            c => text.push(c),
+        }
+        text
+    })
 }
 
 fn line(row: &Value, fields: &[String]) -> anyhow::Result<String> {
@@ -64,9 +86,10 @@ fn cell(row: &Value, path: &str) -> anyhow::Result<String> {
         })?;
     }
     Ok(match value {
-        Value::String(text) => text.clone(),
+        // One cell whatever is in it: no tab and no line of its own.
+        Value::String(text) => api::session::shown_whole(text),
         Value::Null => String::new(),
-        other => other.to_string(),
+        other => escaped(&other.to_string()),
     })
 }
 
@@ -86,6 +109,19 @@ mod tests {
         assert_eq!(show("table", &rows).unwrap(), "2 rows");
         assert_eq!(serde_json::from_str::<Value>(&show("json", &rows).unwrap()).unwrap(), json!(rows));
         assert_eq!(show("id, n,in.side", &rows).unwrap(), "a\t1\ttrue\nb\t\t2\n");
+    }
+
+    #[test]
+    fn no_form_drives_a_terminal() {
+        let hostile = "\u{1b}]0;x\u{7}\u{9b}2J\u{7f}\n\tend";
+        let rows = [json!({"text": hostile, "list": [hostile]})];
+        for format in ["json", "text", "list", "text,list"] {
+            let shown = show(format, &rows).unwrap();
+            let controls = shown.chars().filter(|c| c.is_control() && *c != '\n').count();
+            assert_eq!(controls, format.matches(',').count(), "{format}: {shown:?}");
+            assert!(format == "json" || shown.lines().count() == 1, "{shown:?}");
+        }
+        assert_eq!(serde_json::from_str::<Value>(&show("json", &rows).unwrap()).unwrap(), json!(rows));
     }
 
     #[test]

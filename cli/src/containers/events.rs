@@ -20,7 +20,7 @@ use super::lines::Lines;
 use super::watch::{Change, changes};
 use crate::args::Events;
 use crate::report;
-use crate::show::Format;
+use crate::show::{Format, escaped};
 use crate::when::rfc3339;
 
 /// How long a VM may take to tell what has happened already.
@@ -293,14 +293,14 @@ fn shown(event: &Event, subject: &Subject, format: &Format) -> anyhow::Result<St
     }
     if *format != Format::Table {
         return match format {
-            Format::Json => Ok(format!("{value}\n")),
+            Format::Json => Ok(format!("{}\n", escaped(&value.to_string()))),
             fields => fields.show(&[value], |_| String::new()),
         };
     }
     let name = value.get("event").and_then(Value::as_str).unwrap_or_default().to_owned();
     let hidden = ["event", "sequence", "time_ns", "container", "vm", "name"];
     let details = value.as_object().into_iter().flatten().filter(|(key, _)| !hidden.contains(&key.as_str()));
-    let details: Vec<String> = details.map(|(key, value)| format!("{key}={value}")).collect();
+    let details: Vec<String> = details.map(|(key, value)| format!("{key}={}", escaped(&value.to_string()))).collect();
     let kind = match event.kind {
         EventKind::VmReady | EventKind::VmPaused | EventKind::VmResumed | EventKind::VmStopped => "vm",
         _ => "container",

@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use crate::args::{Inspect, Port};
 use crate::report;
+use crate::show::json;
 use crate::when::rfc3339;
 
 /// Everything that is known of a container.
@@ -55,7 +56,7 @@ pub fn inspect(args: &Inspect) -> anyhow::Result<u8> {
             }
         }
     });
-    report::print(&args.format.show(&known, |known| serde_json::to_string_pretty(known).unwrap_or_default() + "\n")?)?;
+    report::print(&args.format.show(&known, |known| json(known).unwrap_or_default())?)?;
     Ok(code)
 }
 

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use api::model::{Stats as Sample, Top};
+use api::session::shown as shown_on_a_line;
 use runtime::control::Control;
 use runtime::state::RunRoot;
 use serde::Serialize;
@@ -158,18 +159,23 @@ pub fn top(args: &Names) -> anyhow::Result<u8> {
     each(&args.containers, async |_, control| {
         let path = format!("{}/top", control.living()?);
         let top: Top = control.client.get(&path).await?;
-        let rows: Vec<_> = top
-            .processes
-            .iter()
-            .map(|process| {
-                let seconds = process.cpu_us / 1_000_000;
-                let time = format!("{:02}:{:02}:{:02}", seconds / 3600, seconds / 60 % 60, seconds % 60);
-                let command = process.command.clone();
-                [process.uid.to_string(), process.pid.to_string(), process.parent_pid.to_string(), time, command]
-            })
-            .collect();
-        Ok(report::print(&table::table(["UID", "PID", "PPID", "TIME", "CMD"], &rows))?)
+        Ok(report::print(&listed(&top))?)
     })
+}
+
+fn listed(top: &Top) -> String {
+    let rows: Vec<_> = top
+        .processes
+        .iter()
+        .map(|process| {
+            let seconds = process.cpu_us / 1_000_000;
+            let time = format!("{:02}:{:02}:{:02}", seconds / 3600, seconds / 60 % 60, seconds % 60);
+            // An honest monitor has made it fit for a terminal: this one may be none.
+            let command = shown_on_a_line(&process.command);
+            [process.uid.to_string(), process.pid.to_string(), process.parent_pid.to_string(), time, command]
+        })
+        .collect();
+    table::table(["UID", "PID", "PPID", "TIME", "CMD"], &rows)
 }
 
 #[cfg(test)]
@@ -183,5 +189,15 @@ mod tests {
         let cells: Vec<String> = shown(&[row]).lines().nth(1).unwrap().split("   ").map(|c| c.trim().into()).collect();
         let cells: Vec<&str> = cells.iter().map(String::as_str).filter(|cell| !cell.is_empty()).collect();
         assert_eq!(cells, ["0123456789ab", "web", "--", "-- / --", "--", "-- / --", "--", "--"]);
+    }
+
+    #[test]
+    fn a_command_does_nothing_to_a_terminal() {
+        let command = "sh\u{1b}[2J\u{9b}2J\n0 1 0 forged".to_owned();
+        let process =
+            api::model::TopProcess { pid: 1, parent_pid: 0, uid: 0, started_us: 0, cpu_us: 61_000_000, command };
+        let text = listed(&Top { processes: vec![process] });
+        assert_eq!(text.lines().count(), 2, "{text:?}");
+        assert!(text.contains("00:01:01") && !text.contains(['\u{1b}', '\u{9b}']), "{text:?}");
     }
 }
