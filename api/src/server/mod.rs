@@ -20,6 +20,8 @@ pub mod problem;
 mod processes;
 mod routes;
 mod streams;
+#[cfg(test)]
+mod tests;
 mod vm;
 
 use std::io::{self, Write as _};
@@ -29,7 +31,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use hyper::server::conn::http1;
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use protocol::container::Stdio;
 use tokio::net::{UnixListener, UnixStream};
@@ -47,8 +49,8 @@ use crate::session::{SessionError, chain, wall_clock_ns};
 
 pub use routes::{PROTOCOL, document};
 
-/// The most connections at a time; more wait to be accepted.
-const CONNECTIONS_MAX: usize = 1024;
+/// The bounds of a server.
+const BOUNDS: Bounds = Bounds { connections: 1024, head: Duration::from_secs(30), body: Duration::from_secs(30) };
 /// How much of a request's head is kept.
 const HEAD_MAX: usize = 32 << 10;
 /// How long a client that was told that the VM ends may take to read its answers.
@@ -57,6 +59,17 @@ const GOODBYE: Duration = Duration::from_millis(1000);
 const PARTING: Duration = Duration::from_secs(10);
 /// The first vsock port for streams; 1024 is the agent's.
 const FIRST_PORT: u32 = protocol::CONTROL_PORT + 1;
+
+/// What clients can take up, and for how long without doing anything with it.
+#[derive(Debug, Clone, Copy)]
+struct Bounds {
+    /// The most connections at a time; more wait to be accepted.
+    connections: u32,
+    /// How long the head of a request may take to come, from the connection's beginning or the answer before.
+    head: Duration,
+    /// How long a body may take that is a document. An archive is moved as fast as the guest and the client do that.
+    body: Duration,
+}
 
 /// What the server needs of the monitor that it is part of.
 pub trait Machine: Send + Sync {
@@ -162,6 +175,7 @@ pub(crate) struct Context {
     machine: Arc<dyn Machine>,
     config: VmConfig,
     folder: Option<Folder>,
+    bounds: Bounds,
     /// The container that the VM is for.
     main: Option<String>,
     next_port: AtomicU32,
@@ -187,7 +201,7 @@ type Shared = Arc<Context>;
 /// The system is out of something, before anything was served.
 pub fn run(setup: Setup, guest_end: impl Fn() -> Option<String>) -> io::Result<Outcome> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
-    runtime.block_on(serve(setup, guest_end))
+    runtime.block_on(serve(setup, guest_end, BOUNDS))
 }
 
 /// As [`run`], on the runtime that this is awaited on.
@@ -196,10 +210,10 @@ pub fn run(setup: Setup, guest_end: impl Fn() -> Option<String>) -> io::Result<O
 /// As [`run`].
 #[cfg(feature = "fuzzing")]
 pub async fn run_here(setup: Setup, guest_end: impl Fn() -> Option<String>) -> io::Result<Outcome> {
-    serve(setup, guest_end).await
+    serve(setup, guest_end, BOUNDS).await
 }
 
-async fn serve(setup: Setup, guest_end: impl Fn() -> Option<String>) -> io::Result<Outcome> {
+async fn serve(setup: Setup, guest_end: impl Fn() -> Option<String>, bounds: Bounds) -> io::Result<Outcome> {
     let Setup { config, container, listener, folder, machine, agent, boot, guest_ended } = setup;
     agent.set_nonblocking(true)?;
     let agent = UnixStream::from_std(agent)?;
@@ -210,6 +224,7 @@ async fn serve(setup: Setup, guest_end: impl Fn() -> Option<String>) -> io::Resu
         machine,
         config,
         folder,
+        bounds,
         main: container.as_ref().map(|container| container.spec.id.clone()),
         next_port: AtomicU32::new(FIRST_PORT),
         next_process: AtomicU32::new(1),
@@ -217,7 +232,7 @@ async fn serve(setup: Setup, guest_end: impl Fn() -> Option<String>) -> io::Resu
         stop: watch::Sender::new(false),
         guest_over: watch::Sender::new(false),
         closing: watch::Sender::new(false),
-        clients: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+        clients: Arc::new(Semaphore::new(bounds.connections as usize)),
     });
     context.vm.state().boot = boot;
     if let Some(container) = container {
@@ -252,9 +267,8 @@ async fn serve(setup: Setup, guest_end: impl Fn() -> Option<String>) -> io::Resu
         _ = stop.wait_for(|stop| *stop) => {}
     }
     context.closing.send_replace(true);
-    let everybody = u32::try_from(CONNECTIONS_MAX).unwrap_or(u32::MAX);
     // Whoever waits for the end gets its answer; whoever does not read it is not waited for.
-    let _ = tokio::time::timeout(GOODBYE, context.clients.acquire_many(everybody)).await;
+    let _ = tokio::time::timeout(GOODBYE, context.clients.acquire_many(bounds.connections)).await;
     Ok(outcome)
 }
 
@@ -299,7 +313,7 @@ async fn talk(context: &Shared, agent: UnixStream, calls: Calls) -> SessionError
 
 /// Accepts clients for ever.
 async fn accept(listener: UnixListener, context: Shared) {
-    let router = routes::router(Arc::clone(&context));
+    let (router, bounds) = (routes::router(Arc::clone(&context)), context.bounds);
     loop {
         let Ok((client, _)) = listener.accept().await else {
             // Out of descriptors: those who are there may leave some.
@@ -313,6 +327,9 @@ async fn accept(listener: UnixListener, context: Shared) {
         tokio::spawn(async move {
             // A client that goes away is noticed while it waits: what is to be settled for it is a task of its own.
             let connection = http1::Builder::new()
+                // Without it there is no deadline at all.
+                .timer(TokioTimer::new())
+                .header_read_timeout(bounds.head)
                 .max_buf_size(HEAD_MAX)
                 .serve_connection(TokioIo::new(client), service)
                 .with_upgrades();

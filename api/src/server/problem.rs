@@ -2,13 +2,15 @@
 
 use axum::Json;
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
-use axum::extract::{FromRequest, FromRequestParts};
+use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use protocol::{Failure, FailureKind};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::Shared;
 use crate::session::shown;
 
 /// A problem document. `type` is stable: programs decide by it, people read `detail`.
@@ -31,6 +33,10 @@ pub struct Problem {
 pub enum ProblemKind {
     /// The request does not have the shape that is described.
     InvalidRequest,
+    /// The body of the request is longer than any that is described.
+    BodyTooLong,
+    /// The body of the request does not arrive.
+    BodyTooSlow,
     /// There is no such path in the API.
     NoSuchResource,
     /// The path does not have this method.
@@ -65,6 +71,8 @@ impl ProblemKind {
     fn status(self) -> StatusCode {
         match self {
             Self::InvalidRequest | Self::CommandNotFound | Self::CommandNotExecutable => StatusCode::BAD_REQUEST,
+            Self::BodyTooLong => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::BodyTooSlow => StatusCode::REQUEST_TIMEOUT,
             Self::NoSuchResource | Self::NoSuchContainer | Self::NoSuchProcess => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::AlreadyExists | Self::WrongState => StatusCode::CONFLICT,
@@ -79,6 +87,8 @@ impl ProblemKind {
     fn title(self) -> &'static str {
         match self {
             Self::InvalidRequest => "the request is not valid",
+            Self::BodyTooLong => "the body is too long",
+            Self::BodyTooSlow => "the body did not arrive in time",
             Self::NoSuchResource => "no such resource",
             Self::MethodNotAllowed => "method not allowed",
             Self::NoSuchContainer => "no such container",
@@ -142,7 +152,9 @@ macro_rules! rejected {
     ($($rejection:ty),*) => {$(
         impl From<$rejection> for Problem {
             fn from(rejection: $rejection) -> Self {
-                Self::new(ProblemKind::InvalidRequest, shown(&rejection.body_text()))
+                let long = rejection.status() == StatusCode::PAYLOAD_TOO_LARGE;
+                let kind = if long { ProblemKind::BodyTooLong } else { ProblemKind::InvalidRequest };
+                Self::new(kind, shown(&rejection.body_text()))
             }
         }
     )*};
@@ -150,9 +162,28 @@ macro_rules! rejected {
 rejected!(JsonRejection, PathRejection, QueryRejection);
 
 /// A JSON body; one that is none is answered with a [`Problem`] that names the field.
-#[derive(FromRequest)]
-#[from_request(via(Json), rejection(Problem))]
 pub struct Body<T>(pub T);
+
+impl<T: DeserializeOwned> FromRequest<Shared> for Body<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, context: &Shared) -> Result<Self, Problem> {
+        let Json(value) = arrives(context, Json::from_request(request, context)).await??;
+        Ok(Self(value))
+    }
+}
+
+/// Waits for a body, which is not waited for for ever: whoever begins a request and does not go on takes the place of another
+/// client.
+///
+/// # Errors
+/// It does not come in time.
+pub(super) async fn arrives<T>(context: &Shared, body: impl Future<Output = T>) -> Result<T, Problem> {
+    let deadline = context.bounds.body;
+    tokio::time::timeout(deadline, body).await.map_err(|_| {
+        Problem::new(ProblemKind::BodyTooSlow, format!("the body did not arrive within {} s", deadline.as_secs_f32()))
+    })
+}
 
 /// The parts of the path.
 #[derive(FromRequestParts)]

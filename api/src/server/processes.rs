@@ -36,7 +36,7 @@ pub(super) async fn create(
 ) -> Result<Response, Problem> {
     let upgrade = routes::wants_upgrade(&request);
     let body = std::mem::take(request.body_mut());
-    let create: ProcessCreate = routes::json(body).await?;
+    let create: ProcessCreate = routes::json(&context, body).await?;
     let process = execute(&context, &id, create, upgrade).await?;
     let location = format!("/v1/containers/{id}/processes/{}", process.id);
     let mut response = if upgrade {

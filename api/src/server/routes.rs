@@ -8,19 +8,19 @@ use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, patch, post};
-use http_body_util::{BodyExt as _, Limited};
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 use utoipa::OpenApi;
 
-use super::problem::{Problem, ProblemKind};
+use super::problem::{Problem, ProblemKind, arrives};
 use super::streams::Streams;
 use super::{Shared, containers, files, machine, memory, processes};
 
 /// The longest body of a request that is no archive: a container with the arguments and the environment of its program.
-const BODY_MAX: usize = 4 << 20;
+pub(super) const BODY_MAX: usize = 4 << 20;
 /// The protocol that connections are upgraded to.
 pub const PROTOCOL: &str = "cofferdam-stream";
 /// The document, as committed; a test compares it with the code.
@@ -147,10 +147,15 @@ async fn method_not_allowed(request: Request) -> Problem {
 /// Reads a JSON body.
 ///
 /// # Errors
-/// It is too long, breaks off, or is not what it should be.
-pub(super) async fn json<T: DeserializeOwned>(body: Body) -> Result<T, Problem> {
-    let invalid = |detail: String| Problem::new(ProblemKind::InvalidRequest, crate::session::shown(&detail));
-    let bytes = Limited::new(body, BODY_MAX).collect().await.map_err(|error| invalid(error.to_string()))?.to_bytes();
+/// It is too long, breaks off or does not come, or is not what it should be.
+pub(super) async fn json<T: DeserializeOwned>(context: &Shared, body: Body) -> Result<T, Problem> {
+    let collected = arrives(context, Limited::new(body, BODY_MAX).collect()).await?;
+    let bytes = collected.map_err(|error| {
+        let long = error.is::<LengthLimitError>();
+        let kind = if long { ProblemKind::BodyTooLong } else { ProblemKind::InvalidRequest };
+        Problem::new(kind, crate::session::shown(&error.to_string()))
+    });
+    let bytes = bytes?.to_bytes();
     // As the extractor does it: with the name of the field that does not fit.
     axum::Json::from_bytes(&bytes).map(|axum::Json(value)| value).map_err(Problem::from)
 }
