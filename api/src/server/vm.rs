@@ -504,3 +504,96 @@ fn exit_code(kind: ProblemKind) -> u8 {
         _ => crate::control::EXIT_FAILED,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use protocol::container::{Limits, Namespaces, ProcessSpec, Rootfs, Seccomp, Stdio};
+
+    use super::super::streams::{Ends, Use};
+    use super::*;
+
+    fn spec(id: &str) -> Arc<ContainerSpec> {
+        let process = ProcessSpec {
+            args: vec!["sh".to_owned()],
+            env: Vec::new(),
+            working_directory: "/".to_owned(),
+            user: String::new(),
+            additional_groups: Vec::new(),
+            capabilities: 0,
+            rlimits: Vec::new(),
+            no_new_privileges: true,
+            seccomp: Seccomp::Default,
+            oom_score_adj: 0,
+            terminal: None,
+            stdio: Stdio::default(),
+        };
+        Arc::new(ContainerSpec {
+            id: id.to_owned(),
+            hostname: String::new(),
+            rootfs: Rootfs { device: "/dev/vda".to_owned(), read_only: false },
+            mounts: Vec::new(),
+            files: Vec::new(),
+            masked_paths: Vec::new(),
+            readonly_paths: Vec::new(),
+            limits: Limits::default(),
+            namespaces: Namespaces::default(),
+            shm_bytes: 0,
+            process,
+            health_check: None,
+        })
+    }
+
+    fn streams() -> Arc<Streams> {
+        Streams::start(Ends::default(), Use::default()).unwrap()
+    }
+
+    fn process(id: usize) -> Process {
+        let (id, args) = (id.to_string(), vec!["sh".to_owned()]);
+        Process { id, args, state: ProcessState::Starting, exit_code: None, error: None, terminal: false }
+    }
+
+    #[test]
+    fn there_are_no_more_containers_than_there_may_be() {
+        let vm = Vm::default();
+        let mut state = vm.state();
+        for number in 0..CONTAINERS_MAX {
+            state.add(spec(&number.to_string()), streams()).unwrap();
+        }
+        let refused = state.add(spec("one-more"), streams()).unwrap_err();
+        assert_eq!((CONTAINERS_MAX, refused.kind, refused.status), (64, ProblemKind::TooManyRequests, 429));
+        // One that ends is still one, until it is deleted.
+        state.failed("0", &Problem::state("it did not start"));
+        assert!(state.may_add("one-more").is_err());
+        state.containers.remove("0");
+        state.add(spec("one-more"), streams()).unwrap();
+    }
+
+    #[test]
+    fn there_are_no_more_processes_than_there_may_be() {
+        let vm = Vm::default();
+        let mut state = vm.state();
+        state.add(spec("c"), streams()).unwrap();
+        state.created("c", Ok(()));
+        state.started("c", Ok(()));
+        for number in 0..PROCESSES_MAX {
+            state.add_process("c", process(number), streams()).unwrap();
+        }
+        let refused = state.add_process("c", process(PROCESSES_MAX), streams()).unwrap_err();
+        assert_eq!((PROCESSES_MAX, refused.kind, refused.status), (512, ProblemKind::TooManyRequests, 429));
+        // One that ends makes room, and is remembered; but only so many are.
+        for number in 0..2 * ENDED_PROCESSES_MAX {
+            state.process_exited("c", &number.to_string(), 0).unwrap();
+            state.drained(&Drained {
+                container: "c".to_owned(),
+                process: Some(number.to_string()),
+                streams: streams(),
+            });
+            state.add_process("c", process(PROCESSES_MAX + number), streams()).unwrap();
+        }
+        let entry = state.container("c").unwrap();
+        assert_eq!(
+            (entry.ended.len(), entry.processes.len()),
+            (ENDED_PROCESSES_MAX, PROCESSES_MAX + ENDED_PROCESSES_MAX)
+        );
+    }
+}
