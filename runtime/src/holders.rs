@@ -6,7 +6,8 @@
 //! A monitor that was taken over can lead the kernel astray: a lock is told under the number of who took it, who may have ended
 //! while another process holds it on; and one of the two locks can be let go of without the other. So nobody is taken for a
 //! container's process who does not have the lock file open, and where nobody is found who holds a container, whoever lives in
-//! its cgroup is killed.
+//! its cgroup is killed; and, since there need not be one, whoever has the file open in a pid namespace of his own, which no
+//! command is in.
 
 use std::fs::{self, File};
 use std::io;
@@ -78,6 +79,19 @@ impl Holder {
     }
 }
 
+/// The processes that have the lock file open in another pid namespace than ours: monitors, and no commands.
+fn hidden(lock: &File) -> Vec<Holder> {
+    let namespace = |process: &Path| fs::read_link(process.join("ns/pid")).ok();
+    let Some(ours) = namespace(Path::new("/proc/self")) else { return Vec::new() };
+    let find = |process: PathBuf| {
+        let pid = Pid::from_raw(process.file_name()?.to_str()?.parse().ok()?)?;
+        let holder = Holder { pid, process: pidfd_open(pid, PidfdFlags::empty()).ok()? };
+        let hides = namespace(&process).is_some_and(|theirs| theirs != ours) && has_open(pid, lock);
+        (hides && holder.lives()).then_some(holder)
+    };
+    entries(Path::new("/proc")).filter_map(find).collect()
+}
+
 /// Whether a process has the lock file open, in any of its threads: they need not share their descriptors.
 fn has_open(pid: Pid, lock: &File) -> bool {
     let Ok(lock) = lock.metadata() else { return false };
@@ -133,6 +147,11 @@ fn end_within(folder: &Path, patience: Duration) -> io::Result<Outcome> {
         // Held by nobody who can be seen: by another command, whose monitor is to end as well, or by a monitor that hides. Its
         // group it cannot leave.
         let mut trouble = None;
+        for holder in if found { Vec::new() } else { hidden(&lock) } {
+            if !holder.kill(left().min(STEP)) {
+                undying = Some(holder.pid);
+            }
+        }
         if !found && let Err(error) = cgroup::clear(&cgroups(folder), left().min(STEP)) {
             match error {
                 JailError::Undying { pid, .. } => undying = Pid::from_raw(pid),
@@ -239,10 +258,14 @@ pub(crate) mod tests {
 
     /// Lets a process of its own live in a folder, in a role.
     pub(crate) fn inhabit(folder: &Path, role: &str) -> Child {
+        inhabit_by(|copy| copy, folder, role)
+    }
+
+    fn inhabit_by(start: impl FnOnce(Command) -> Command, folder: &Path, role: &str) -> Child {
         if !folder.join(NAME).exists() {
             fs::write(folder.join(NAME), b"").unwrap();
         }
-        let child = copy(folder, role).spawn().unwrap();
+        let child = start(copy(folder, role)).spawn().unwrap();
         while !folder.join(READY).exists() {
             thread::sleep(Duration::from_millis(5));
         }
@@ -331,6 +354,25 @@ pub(crate) mod tests {
         assert_eq!(end(&folder).unwrap(), Outcome::Ended);
         assert!(inhabitant.has_ended() && !is_held(&lock) && !is_monitored(&folder));
         assert!(began.elapsed() < PATIENCE);
+    }
+
+    #[test]
+    fn a_monitor_that_is_not_found_by_its_lock_is_found_by_its_namespace() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let (_root, folder) = state();
+        let start = |copy: Command| {
+            let mut command = Command::new("unshare");
+            let variables = copy.get_envs().filter_map(|(name, value)| Some((name, value?)));
+            command.args(["--pid", "--fork", "--kill-child"]).arg(copy.get_program());
+            command.args(copy.get_args()).envs(variables).stdout(std::process::Stdio::null());
+            command
+        };
+        let mut child = inhabit_by(start, &folder, "hidden");
+        assert_eq!(end(&folder).unwrap(), Outcome::Ended);
+        assert!(!child.wait().unwrap().success());
+        assert!(!is_held(api::lock::open(&folder).unwrap().unwrap()));
     }
 
     #[test]
