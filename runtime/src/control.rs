@@ -24,8 +24,8 @@ use crate::state::{Found, RunRoot, StateError};
 
 /// How long a monitor may take to answer what it answers by itself.
 const ANSWER: Duration = Duration::from_secs(5);
-/// How long a monitor whose container has ended may take to end itself.
-const GOODBYE: Duration = Duration::from_secs(5);
+/// How long a monitor whose container has ended may take to end itself. Tests wait for it to pass.
+const GOODBYE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
 /// How long another command may take with a container that is to be removed by force.
 const OTHERS: Duration = Duration::from_secs(20);
 /// The exit code of what was killed.
@@ -91,7 +91,7 @@ pub struct Status {
     pub restarting: bool,
     /// Whether its monitor lives and does not answer.
     pub unresponsive: bool,
-    /// Whether its monitor lives on although it has left the record of an end.
+    /// Whether its monitor lives on although it has left the record of an end, or let go of what says that it lives.
     pub lingering: bool,
 }
 
@@ -152,7 +152,7 @@ impl<'a> Control<'a> {
             Status { record, state, health: None, live: None, restarting, unresponsive: false, lingering: false }
         };
         if !self.found.alive {
-            return told(self.left(), false);
+            return Status { lingering: self.lingers().await, ..told(self.left(), false) };
         }
         // Nobody need be asked of what has ended; what is above it would not answer.
         if self.ended().is_some() {
@@ -199,8 +199,8 @@ impl<'a> Control<'a> {
         api::record::read(&self.found.monitor_folder()).ok().flatten()
     }
 
-    /// Whether its monitor lives on with the record of an end for longer than it takes to end. The record is its own word: one
-    /// that was taken over may have left it.
+    /// Whether its monitor lives on with the record of an end, or without its lock, for longer than it takes to end. Both are
+    /// its own doing: one that was taken over may have done it to hide.
     async fn lingers(&self) -> bool {
         // Mostly there is none, which costs no thread to see.
         if !holders::is_monitored(&self.found.folder) {
@@ -256,6 +256,9 @@ impl<'a> Control<'a> {
     /// # Errors
     /// It does not live, or the guest refuses.
     pub async fn kill(&self, signal: u8) -> Result<(), ControlError> {
+        if signal == SIGKILL && !self.found.alive && self.lingers().await {
+            return self.uncover();
+        }
         self.living()?;
         if let Some(end) = self.ended() {
             // The record is its monitor's word: what lives on with it has not ended.
@@ -289,7 +292,7 @@ impl<'a> Control<'a> {
     /// Nothing ends it.
     pub async fn stop(&self, signal: u8, grace: Option<Duration>) -> Result<(), ControlError> {
         if !self.found.alive {
-            return Ok(());
+            return if self.lingers().await { self.uncover() } else { Ok(()) };
         }
         let status = self.status().await;
         if status.lingering {
@@ -378,6 +381,11 @@ impl<'a> Control<'a> {
         }
     }
 
+    /// Kills whoever lives in its cgroup although nobody holds it: so does whoever takes it, to start or to remove it.
+    fn uncover(&self) -> Result<(), ControlError> {
+        Ok(self.root.take(&self.found).map(drop)?)
+    }
+
     /// Waits for a monitor whose container has ended to be gone; whether it is.
     ///
     /// # Errors
@@ -427,6 +435,7 @@ mod tests {
     use std::process::Child;
 
     use super::*;
+    use crate::directory::tests::Inhabitant;
     use crate::holders::tests::inhabit;
     use crate::spec::ContainerId;
 
@@ -465,6 +474,23 @@ mod tests {
         assert!(matches!(wait(control.kill(15)), Err(ControlError::NotRunning { .. })));
         wait(control.kill(SIGKILL)).unwrap();
         assert_eq!(std::os::unix::process::ExitStatusExt::signal(&child.wait().unwrap()), Some(9));
+    }
+
+    #[test]
+    fn a_monitor_that_let_go_of_its_lock_is_told_and_can_be_killed_and_stopped() {
+        for stop in [false, true] {
+            let (_temporary, root, mut found, mut child) = ended("brief");
+            child.wait().unwrap();
+            found.alive = false;
+            let control = Control::new(&root, found);
+            assert!(!wait(control.status()).lingering);
+            assert!(matches!(wait(control.kill(SIGKILL)), Err(ControlError::NotRunning { .. })));
+            let Some(mut ghost) = Inhabitant::new(&control.found.folder) else { return };
+            assert!(wait(control.status()).lingering);
+            assert!(matches!(wait(control.kill(15)), Err(ControlError::NotRunning { .. })));
+            if stop { wait(control.stop(15, None)) } else { wait(control.kill(SIGKILL)) }.unwrap();
+            assert!(ghost.has_ended() && control.found.folder.exists());
+        }
     }
 
     #[test]

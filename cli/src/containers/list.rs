@@ -67,7 +67,8 @@ pub fn ps(args: &Ps) -> anyhow::Result<u8> {
     let filters = args.filter.iter().map(|filter| Filter::parse(filter)).collect::<anyhow::Result<Vec<_>>>()?;
     let root = Arc::new(RunRoot::open()?);
     let by_status = filters.iter().any(|filter| matches!(filter, Filter::Status(_)));
-    let listed = root.list()?.into_iter().rev().filter(|found| found.alive || args.all || by_status);
+    // Also those that nobody holds: a monitor that let go of its lock is to be seen.
+    let listed = root.list()?.into_iter().rev();
     // All at the same time: one that does not answer holds up nobody else.
     let rows: Vec<Row> = runtime::run::runtime()?.block_on(async {
         let asked: Vec<_> = listed.map(|found| tokio::spawn(ask(Arc::clone(&root), found))).collect();
