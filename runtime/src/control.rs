@@ -194,9 +194,11 @@ impl<'a> Control<'a> {
         }
     }
 
-    /// How it ended, if its monitor has said so.
+    /// How it ended, if its monitor has said so. A record says nothing else, whatever stands in it.
     fn ended(&self) -> Option<End> {
-        api::record::read(&self.found.monitor_folder()).ok().flatten()
+        let mut end = api::record::read(&self.found.monitor_folder()).ok().flatten()?;
+        end.state.status = ContainerStatus::Exited;
+        Some(end)
     }
 
     /// Whether its monitor lives on with the record of an end, or without its lock, for longer than it takes to end. Both are
@@ -449,8 +451,9 @@ mod tests {
         state.write(crate::record::NAME, &serde_json::to_vec(&record).unwrap()).unwrap();
         state.write(CONFIG, b"{}").unwrap();
         fs::create_dir(state.monitor_folder()).unwrap();
-        let state_of_it = ContainerState { status: ContainerStatus::Exited, exit_code: Some(0), ..Default::default() };
-        let end = End { state: state_of_it, ..End::default() };
+        // It may say anything.
+        let said = ContainerState { status: ContainerStatus::Created, exit_code: Some(0), ..ContainerState::default() };
+        let end = End { state: said, ..End::default() };
         api::record::write(&api::folder::Folder::open(&state.monitor_folder()).unwrap(), &end).unwrap();
         state.keep(true);
         drop(state);
