@@ -11,7 +11,8 @@
 //! - [`reclaim`]: giving guest memory back to the host.
 //! - [`state`]: what is kept of a device when its VM is saved.
 //! - [`limit`]: token buckets for devices that move data.
-//! - [`guest_io`], [`ring_io`]: file input and output straight into guest memory; the only places with unsafe code.
+//! - [`guest_io`], [`ring_io`]: file input and output straight into guest memory. Besides those, [`reclaim`] and `net/tap.rs` have
+//!   unsafe code.
 //! - [`serial`]: an early-boot aid, not a virtio device.
 //!
 //! # Trust
