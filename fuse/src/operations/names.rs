@@ -144,7 +144,7 @@ impl Server {
     pub(super) fn unlink(&mut self, mut call: Call<'_>, is_directory: bool) -> Outcome {
         let name = call.arguments.name()?;
         let directory = self.directory(call.header.nodeid)?;
-        let victim = self.victim(&directory, name);
+        let victim = self.leaving(&directory, name)?;
         let flags = if is_directory { AtFlags::REMOVEDIR } else { AtFlags::empty() };
         rustix::fs::unlinkat(&*directory, name.get(), flags)?;
         if let Some(victim) = victim {
@@ -153,11 +153,18 @@ impl Server {
         Ok(Done::Reply)
     }
 
-    /// What loses a name, if somebody counts. If another one takes its place meanwhile, it keeps its link and is not credited.
-    fn victim(&self, directory: &Node, name: Name<'_>) -> Option<Arc<Node>> {
-        self.export.account.as_ref()?;
-        let (node, _) = self.export.find(directory, name).ok()?;
-        Some(self.nodes.find(node.key()).unwrap_or_else(|| Arc::new(node)))
+    /// Finds what is about to lose its name, if there is anything. If another one takes its place meanwhile, it keeps its link and
+    /// is not credited.
+    ///
+    /// What the host has mounted there keeps its name: the exported tree belongs to no mount namespace, so that the kernel would
+    /// not see that the name is in use, and would take the mount away with it.
+    fn leaving(&self, directory: &Node, name: Name<'_>) -> Result<Option<Arc<Node>>, Errno> {
+        match self.export.find(directory, name) {
+            Ok((node, _)) => Ok(Some(self.nodes.find(node.key()).unwrap_or_else(|| Arc::new(node)))),
+            Err(Errno::NOENT) => Ok(None),
+            Err(Errno::XDEV) => Err(Errno::BUSY),
+            Err(error) => Err(error),
+        }
     }
 
     pub(super) fn rename(&mut self, mut call: Call<'_>) -> Outcome {
@@ -178,9 +185,10 @@ impl Server {
     fn move_name(&mut self, mut call: Call<'_>, new_directory: u64, flags: RenameFlags) -> Outcome {
         let (old, new) = (call.arguments.name()?, call.arguments.name()?);
         let (from, to) = (self.directory(call.header.nodeid)?, self.directory(new_directory)?);
-        let victim = if flags.is_empty() { self.victim(&to, new) } else { None };
+        self.leaving(&from, old)?;
+        let victim = self.leaving(&to, new)?;
         rustix::fs::renameat_with(&*from, old.get(), &*to, new.get(), flags)?;
-        if let Some(victim) = victim {
+        if let Some(victim) = victim.filter(|_| flags.is_empty()) {
             victim.name_removed();
         }
         Ok(Done::Reply)

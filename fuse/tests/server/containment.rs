@@ -4,12 +4,16 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use fuse::Options;
+use fuse::{Export, Options, Source};
 use fuse_abi::linux::{self as abi, fuse_opcode};
 use nix::libc;
+use nix::mount::{MsFlags, mount};
+use nix::sched::CloneFlags;
+use rustix::fd::OwnedFd;
+use rustix::mount::{OpenTreeFlags, open_tree};
 use zerocopy::IntoBytes;
 
-use crate::client::{Host, ROOT, parse, text};
+use crate::client::{Client, Host, ROOT, parse, text};
 
 /// CVE-2026-47243: a raw request whose name is a path was honoured outside of the shared directory.
 #[test]
@@ -167,7 +171,52 @@ fn no_device_node_is_made() {
 #[test]
 fn a_mount_below_an_export_is_not_part_of_it() {
     // The host's root has procfs mounted below it.
-    let mut client = crate::client::Client::of("/".as_ref(), Options { read_only: true, ..Options::default() });
+    let mut client = Client::of("/".as_ref(), Options { read_only: true, ..Options::default() });
     assert_eq!(client.lookup(ROOT, "proc").err(), Some(libc::EXDEV));
     assert!(client.lookup(ROOT, "etc").is_ok());
+}
+
+/// The export as a monitor has it, a tree that belongs to no mount namespace, with a directory and a file that something is
+/// mounted on; nothing where that takes rights that this process has not.
+fn tree_with_mounts(host: &Host) -> Option<OwnedFd> {
+    let build = || {
+        nix::sched::unshare(CloneFlags::CLONE_NEWNS).ok()?;
+        let none: Option<&str> = None;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).ok()?;
+        mount(Some("tmpfs"), &host.path("mounted"), Some("tmpfs"), MsFlags::empty(), none).ok()?;
+        let secret = host.folder.path().join("secret");
+        mount(Some(&secret), &host.path("covered"), none, MsFlags::MS_BIND, none).ok()?;
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
+        open_tree(rustix::fs::CWD, host.export(), flags).ok()
+    };
+    std::thread::scope(|scope| scope.spawn(build).join().unwrap())
+}
+
+#[test]
+fn a_name_that_something_is_mounted_on_stays() {
+    let host = Host::new();
+    for folder in ["mounted", "plain"] {
+        fs::create_dir(host.path(folder)).unwrap();
+    }
+    fs::write(host.path("covered"), "").unwrap();
+    let Some(tree) = tree_with_mounts(&host) else { return };
+    let export = Export::new(Source::Directory(tree), Options::default(), fuse::descriptors().unwrap()).unwrap();
+    let mut client = Client::new(export);
+    let rename = |from: &str, to: &str| [ROOT.as_bytes(), &text(from), &text(to)].concat();
+    let exchange = |from: &str, to: &str| [ROOT.as_bytes(), [2u32, 0].as_bytes(), &text(from), &text(to)].concat();
+    for (opcode, body) in [
+        (fuse_opcode::FUSE_RMDIR, text("mounted")),
+        (fuse_opcode::FUSE_UNLINK, text("covered")),
+        (fuse_opcode::FUSE_RENAME, rename("mounted", "moved")),
+        (fuse_opcode::FUSE_RENAME, rename("plain", "mounted")),
+        (fuse_opcode::FUSE_RENAME2, exchange("mounted", "plain")),
+        (fuse_opcode::FUSE_RENAME2, exchange("plain", "mounted")),
+    ] {
+        assert_eq!(client.ask(opcode, ROOT, &body), Err(libc::EBUSY), "{}", opcode as u32);
+    }
+    for name in ["mounted", "covered"] {
+        assert_eq!(client.lookup(ROOT, name).err(), Some(libc::EXDEV), "{name}");
+    }
+    client.ask(fuse_opcode::FUSE_RENAME, ROOT, &rename("plain", "moved")).unwrap();
+    client.ask(fuse_opcode::FUSE_RMDIR, ROOT, &text("moved")).unwrap();
 }
