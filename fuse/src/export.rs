@@ -48,7 +48,7 @@ impl Cache {
 /// How much the guest may hold. Each inode and each handle is a descriptor of this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Inodes that it knows of.
+    /// Inodes that it holds: that it knows of, or has open or locked without knowing of them any more.
     pub inodes: usize,
     /// Files and directories that it has open.
     pub handles: usize,
@@ -191,11 +191,10 @@ impl Export {
     /// # Errors
     /// [`ExportError`].
     pub fn new(source: Source, options: Options, descriptors: OwnedFd) -> Result<Self, ExportError> {
-        let account = (options.quota != Quota::default()).then(|| Arc::new(Account::new(options.quota)));
         let node = |fd: OwnedFd, wanted: FileType, expected| {
             let stat = stat(&fd).map_err(system("look at what is exported"))?;
             match file_type(&stat) {
-                actual if actual == wanted => Ok(Arc::new(Node::new(fd, &stat, account.clone()))),
+                actual if actual == wanted => Ok(Arc::new(Node::new(fd, &stat))),
                 actual => Err(ExportError::Type { expected, actual }),
             }
         };
@@ -210,6 +209,7 @@ impl Export {
         if kind != PROCFS {
             return Err(ExportError::NotProcfs);
         }
+        let account = (options.quota != Quota::default()).then(|| Arc::new(Account::new(options.quota)));
         Ok(Self { root, options, account, descriptors })
     }
 
@@ -221,7 +221,7 @@ impl Export {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::openat2(directory, name.get(), flags, Mode::empty(), RESOLVE)?;
         let stat = stat(&fd)?;
-        Ok((Node::new(fd, &stat, self.account.clone()), stat))
+        Ok((Node::new(fd, &stat), stat))
     }
 
     /// Creates a file that was not there, and opens it.
@@ -251,7 +251,7 @@ impl Export {
     pub fn hold(&self, file: impl AsFd) -> Result<(Node, Statx), Errno> {
         let fd = self.reopen(file, OFlags::PATH)?;
         let stat = stat(&fd)?;
-        Ok((Node::new(fd, &stat, self.account.clone()), stat))
+        Ok((Node::new(fd, &stat), stat))
     }
 
     /// What the system has as the path of something that is open.

@@ -1,9 +1,12 @@
 //! What the guest knows of: inodes by the number it was told, each held open so that it stays the same one.
+//!
+//! Each inode has one [`Node`] as long as anything of the guest's holds it: what it knows, what it has open, its locks. So they
+//! are counted whoever holds them, and what one takes on the disk is credited once, when the last one lets go.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fmt::Debug;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use fuse_abi::linux::FUSE_ROOT_ID;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -48,15 +51,14 @@ pub struct Node {
     fd: OwnedFd,
     key: Key,
     file_type: FileType,
-    /// Whether the guest removed its last name.
-    removed: AtomicBool,
-    account: Option<Arc<Account>>,
+    /// Where it is noted, since it stands for its inode.
+    noted: OnceLock<Arc<Held>>,
 }
 
 impl Node {
-    /// Holds what is behind `fd`.
-    pub fn new(fd: OwnedFd, stat: &Statx, account: Option<Arc<Account>>) -> Self {
-        Self { fd, key: Key::of(stat), file_type: file_type(stat), removed: AtomicBool::new(false), account }
+    /// Holds what is behind `fd`. It stands for its inode once it is adopted ([`Nodes::adopt`]).
+    pub fn new(fd: OwnedFd, stat: &Statx) -> Self {
+        Self { fd, key: Key::of(stat), file_type: file_type(stat), noted: OnceLock::new() }
     }
 
     /// Which inode it is.
@@ -71,7 +73,17 @@ impl Node {
 
     /// Notes that a name of it was removed: if it was the last one, its space is credited when nothing holds it any more.
     pub fn name_removed(&self) {
-        self.removed.store(true, Ordering::Relaxed);
+        if let Some(held) = self.noted.get()
+            && let Some(one) = held.lock().get_mut(&self.key)
+        {
+            one.removed = true;
+        }
+    }
+
+    /// What is credited once nothing holds it any more, if the guest removed its last name.
+    pub(crate) fn gone(&self) -> Option<Statx> {
+        let removed = self.noted.get()?.lock().get(&self.key)?.removed;
+        stat(self).ok().filter(|stat| removed && stat.stx_nlink == 0)
     }
 }
 
@@ -83,9 +95,63 @@ impl AsFd for Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        if let Some(account) = &self.account
-            && self.removed.load(Ordering::Relaxed)
-            && let Ok(stat) = stat(&self.fd)
+        if let Some(held) = self.noted.get() {
+            held.let_go(self);
+        }
+    }
+}
+
+/// The inodes that anything of the guest's holds. Shared with the nodes, since the last to hold one may be a thread that waits
+/// for a lock.
+#[derive(Debug)]
+struct Held {
+    nodes: Mutex<HashMap<Key, One>>,
+    account: Option<Arc<Account>>,
+}
+
+/// What stands for an inode.
+#[derive(Debug)]
+struct One {
+    node: Weak<Node>,
+    /// Whether the guest removed a name of it.
+    removed: bool,
+}
+
+impl Held {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Key, One>> {
+        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has `node` stand for its inode, unless another one does; gives the one that does.
+    fn adopt(self: &Arc<Self>, node: Arc<Node>, max: usize) -> Result<Arc<Node>, Errno> {
+        let mut nodes = self.lock();
+        let count = nodes.len();
+        match nodes.entry(node.key) {
+            Entry::Occupied(mut one) => match one.get().node.upgrade() {
+                Some(node) => return Ok(node),
+                // Another thread is about to let go of that one. What is known of the inode stays.
+                None => one.get_mut().node = Arc::downgrade(&node),
+            },
+            Entry::Vacant(_) if count >= max => return Err(Errno::NFILE),
+            Entry::Vacant(place) => drop(place.insert(One { node: Arc::downgrade(&node), removed: false })),
+        }
+        drop(nodes);
+        // It may be noted here already.
+        let _ = node.noted.set(Arc::clone(self));
+        Ok(node)
+    }
+
+    fn let_go(&self, node: &Node) {
+        let mut nodes = self.lock();
+        let Entry::Occupied(one) = nodes.entry(node.key) else { return };
+        if !std::ptr::eq(one.get().node.as_ptr(), node) {
+            // Another one stands for the inode by now, and will see to the rest.
+            return;
+        }
+        let removed = one.remove().removed;
+        // Still locked: before it is credited, no other one can stand for it and lose its last name.
+        if let Some(account) = self.account.as_ref().filter(|_| removed)
+            && let Ok(stat) = stat(node)
             && stat.stx_nlink == 0
         {
             account.credit(&stat);
@@ -105,14 +171,16 @@ struct Known {
 pub struct Nodes {
     known: HashMap<u64, Known>,
     numbers: HashMap<Key, u64>,
+    held: Arc<Held>,
     next: u64,
     max: usize,
 }
 
 impl Nodes {
-    /// No inodes yet, and room for `max`. The root is not one of them.
-    pub fn new(max: usize) -> Self {
-        Self { known: HashMap::new(), numbers: HashMap::new(), next: FUSE_ROOT_ID + 1, max }
+    /// No inodes yet, and room for `max` that are held. The root is not one of them. What is gone is credited to `account`.
+    pub fn new(max: usize, account: Option<Arc<Account>>) -> Self {
+        let held = Arc::new(Held { nodes: Mutex::default(), account });
+        Self { known: HashMap::new(), numbers: HashMap::new(), held, next: FUSE_ROOT_ID + 1, max }
     }
 
     /// The inode with this number.
@@ -123,25 +191,33 @@ impl Nodes {
         self.known.get(&number).map(|known| Arc::clone(&known.node)).ok_or(Errno::STALE)
     }
 
-    /// The inode with this key, if the guest knows it.
-    pub fn find(&self, key: Key) -> Option<Arc<Node>> {
-        let number = self.numbers.get(&key)?;
-        self.known.get(number).map(|known| Arc::clone(&known.node))
+    /// The node that stands for an inode: this one, if nothing of the guest's holds the inode yet.
+    ///
+    /// # Errors
+    /// `ENFILE` when it holds as many as it may.
+    pub fn adopt(&self, node: Arc<Node>) -> Result<Arc<Node>, Errno> {
+        self.held.adopt(node, self.max)
+    }
+
+    /// As [`Nodes::adopt`], for what is held no longer than a request takes and so has room in any case.
+    ///
+    /// # Errors
+    /// Never.
+    pub(crate) fn adopt_briefly(&self, node: Arc<Node>) -> Result<Arc<Node>, Errno> {
+        self.held.adopt(node, usize::MAX)
     }
 
     /// Notes that the guest is told of an inode, and gives the number to tell.
     ///
     /// # Errors
-    /// `ENFILE` when it knows of as many as it may.
+    /// `ENFILE` when it holds as many as it may.
     pub fn remember(&mut self, node: Arc<Node>) -> Result<u64, Errno> {
+        let node = self.adopt(node)?;
         if let Some(number) = self.numbers.get(&node.key())
             && let Some(known) = self.known.get_mut(number)
         {
             known.lookups = known.lookups.saturating_add(1);
             return Ok(*number);
-        }
-        if self.known.len() >= self.max {
-            return Err(Errno::NFILE);
         }
         let number = self.next;
         self.next += 1;
@@ -180,8 +256,9 @@ impl Nodes {
     /// Notes one by a number that the guest knows already. Says whether that is below the next one, and neither the number nor
     /// the inode is there already, and there is room.
     pub(crate) fn put_back(&mut self, number: u64, node: Arc<Node>, lookups: u64) -> bool {
-        let fits = (FUSE_ROOT_ID + 1..self.next).contains(&number) && lookups > 0 && self.known.len() < self.max;
-        fits && self.numbers.insert(node.key(), number).is_none()
+        let fits = (FUSE_ROOT_ID + 1..self.next).contains(&number) && lookups > 0;
+        let Some(node) = self.adopt(node).ok().filter(|_| fits) else { return false };
+        self.numbers.insert(node.key(), number).is_none()
             && self.known.insert(number, Known { node, lookups }).is_none()
     }
 

@@ -70,6 +70,13 @@ impl Account {
         self.inodes.store(inodes, Ordering::Relaxed);
     }
 
+    /// An account of its own that stands where this one does.
+    pub(crate) fn copy(&self) -> Self {
+        let copy = Self::new(self.quota);
+        copy.go_on_at(self.bytes(), self.inodes());
+        copy
+    }
+
     /// What may be added in all.
     pub fn quota(&self) -> Quota {
         self.quota

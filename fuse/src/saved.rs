@@ -162,11 +162,14 @@ impl Server {
         }
         let mut left = SESSION_MAX;
         let mut nodes = Vec::new();
+        let account = self.export.account.as_ref().map(|account| account.copy());
         for (number, node, lookups) in self.nodes.each() {
             // What has no name any more cannot be found again, and nobody but who holds it could.
             if let Some(place) = self.export.place(node) {
                 left = left.checked_sub(place.path.len() + NUMBERS).ok_or(SessionError::TooLong)?;
                 nodes.push(Known { place, number, lookups });
+            } else if let (Some(account), Some(gone)) = (&account, node.gone()) {
+                account.credit(&gone);
             }
         }
         nodes.sort_by(|one, other| one.place.cmp(&other.place));
@@ -192,7 +195,7 @@ impl Server {
         if nameless > 0 {
             return Err(SessionError::Nameless(nameless));
         }
-        let account = self.export.account.as_ref();
+        let account = account.as_ref();
         Ok(Session {
             begun: self.session,
             next_node: self.nodes.next(),
@@ -273,6 +276,9 @@ impl Server {
         let wrong = impossible("how a file is open", flags.into());
         let opening = self.opening(flags).ok().filter(|opening| opening.flags.bits() == flags).ok_or(wrong)?;
         let Some(node) = self.find_again(place, FileType::RegularFile)? else { return Ok(None) };
+        let held = self.nodes.adopt(node);
+        let node =
+            held.map_err(|_| impossible("more inodes than there may be, for the file with flags", flags.into()))?;
         let opened = there(self.export.open(&node, opening.flags))?;
         Ok(opened.map(|fd| Handle::File(Arc::new(OpenFile::new(fd, node, opening.flags)))))
     }
@@ -280,8 +286,7 @@ impl Server {
     /// An inode of this type, which may be known already.
     fn find_again(&self, place: &Place, wanted: FileType) -> Result<Option<Arc<Node>>, SessionError> {
         let found = Found { export: &self.export, directories: BTreeMap::new() }.find(place)?;
-        let found = found.filter(|node| node.file_type() == wanted);
-        Ok(found.map(|node| self.nodes.find(node.key()).unwrap_or(node)))
+        Ok(found.filter(|node| node.file_type() == wanted))
     }
 }
 

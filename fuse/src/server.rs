@@ -81,7 +81,7 @@ impl Server {
     pub fn new(export: Export) -> Result<Self, Errno> {
         let limits = export.options.limits;
         Ok(Self {
-            nodes: Nodes::new(limits.inodes),
+            nodes: Nodes::new(limits.inodes, export.account.clone()),
             handles: Handles::new(limits.handles),
             locks: Locks::new(limits.lock_owners, limits.lock_waiters)?,
             export,

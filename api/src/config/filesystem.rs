@@ -13,7 +13,7 @@ pub const FILESYSTEMS_MAX: usize = 16;
 pub const LOCK_WAITERS: u32 = 64;
 /// How many open files hold POSIX locks of a file system: one for each program and file.
 pub const LOCK_OWNERS: u64 = 1 << 12;
-/// The inodes of a file system that a guest may know of, if the configuration does not say.
+/// The inodes of a file system that a guest may hold, if the configuration does not say.
 const INODES: u64 = 1 << 17;
 /// The files and directories that it may have open.
 const HANDLES: u64 = 1 << 14;
@@ -57,8 +57,8 @@ pub struct FilesystemConfig {
     /// How much may be added while the monitor runs.
     #[serde(default)]
     pub quota: QuotaConfig,
-    /// The most inodes that the guest may know of at a time, 1 to 2^20, each a descriptor of the monitor: by default 2^17, and
-    /// less where the monitor may not have as many descriptors.
+    /// The most inodes that the guest may hold at a time, known of, open or locked, 1 to 2^20, each a descriptor of the monitor:
+    /// by default 2^17, and less where the monitor may not have as many descriptors.
     #[serde(default)]
     pub max_inodes: Option<u64>,
     /// The most files and directories that the guest may have open, each a descriptor as well: by default 2^14.
@@ -70,7 +70,7 @@ pub struct FilesystemConfig {
 }
 
 impl FilesystemConfig {
-    /// How many inodes the guest may know of.
+    /// How many inodes the guest may hold.
     #[must_use]
     pub fn inodes(&self) -> u64 {
         self.max_inodes.unwrap_or(INODES)
@@ -82,10 +82,11 @@ impl FilesystemConfig {
         self.max_handles.unwrap_or(HANDLES)
     }
 
-    /// How many descriptors the monitor needs for it.
+    /// How many descriptors the monitor needs for it: what the guest holds, and the files by which waits for locks go on that a
+    /// reset has called off.
     #[must_use]
     pub fn descriptors(&self) -> u64 {
-        self.inodes() + self.handles() + LOCK_OWNERS
+        self.inodes() + self.handles() + LOCK_OWNERS + u64::from(LOCK_WAITERS)
     }
 
     /// How many threads the monitor has for it.

@@ -76,10 +76,10 @@ impl Server {
         let flags = opening.flags | exclusive | OFlags::TMPFILE | OFlags::CLOEXEC;
         let fd = self.make(&call, |_| rustix::fs::openat(&*directory, c".", flags, mode))?;
         let (node, stat) = self.export.hold(&fd)?;
-        // It has no name to begin with.
-        node.name_removed();
         let entry = self.tell(node, &stat)?;
         let node = self.nodes.get(entry.nodeid)?;
+        // It has no name to begin with.
+        node.name_removed();
         let handle = self.handles.add_file(OpenFile::new(fd, node, opening.flags));
         put(call.reply, &entry);
         put(call.reply, &self.opened(handle));
@@ -160,7 +160,7 @@ impl Server {
     /// not see that the name is in use, and would take the mount away with it.
     fn leaving(&self, directory: &Node, name: Name<'_>) -> Result<Option<Arc<Node>>, Errno> {
         match self.export.find(directory, name) {
-            Ok((node, _)) => Ok(Some(self.nodes.find(node.key()).unwrap_or_else(|| Arc::new(node)))),
+            Ok((node, _)) => self.nodes.adopt_briefly(Arc::new(node)).map(Some),
             Err(Errno::NOENT) => Ok(None),
             Err(Errno::XDEV) => Err(Errno::BUSY),
             Err(error) => Err(error),

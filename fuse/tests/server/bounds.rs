@@ -44,6 +44,29 @@ fn inodes_are_as_many_as_allowed_and_listing_goes_on() {
 }
 
 #[test]
+fn what_is_open_counts_although_the_guest_forgot_it() {
+    let host = Host::new();
+    for index in 0..5 {
+        fs::write(host.path(&format!("file{index}")), "").unwrap();
+    }
+    let mut client = host.client(options(3, 10));
+    let mut open = Vec::new();
+    for index in 0..3 {
+        let node = client.walk(&format!("file{index}")).unwrap();
+        open.push((node, client.open(node, libc::O_RDONLY).unwrap()));
+        client.forget(node, 1);
+    }
+    assert_eq!(client.metric("inodes"), 0);
+    assert_eq!(client.walk("file3"), Err(libc::ENFILE));
+    // What is held already takes no more.
+    client.walk("file0").unwrap();
+    // Nor does it take room to remove something.
+    client.unlink(ROOT, "file4").unwrap();
+    client.release(open[1].0, open[1].1);
+    client.walk("file3").unwrap();
+}
+
+#[test]
 fn forgetting_too_much_or_what_is_not_known_does_no_harm() {
     let host = Host::new();
     fs::write(host.path("file"), "content").unwrap();

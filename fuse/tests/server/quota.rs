@@ -7,7 +7,7 @@ use fuse_abi::linux::{self as abi, fuse_opcode};
 use nix::libc;
 use zerocopy::IntoBytes;
 
-use crate::client::{Client, Host, ROOT, parse};
+use crate::client::{Client, Host, ROOT, parse, text};
 
 const MIB: u64 = 1 << 20;
 
@@ -99,6 +99,45 @@ fn what_is_cut_or_removed_is_credited_once_nobody_has_it_open() {
     client.release(entry.nodeid, handle);
     let left = client.metric("added_bytes");
     assert!(left <= 8192, "{left}");
+}
+
+/// A file of 256 KiB, and how it is open.
+fn filled(client: &mut Client, name: &str) -> (u64, u64) {
+    let (entry, handle) = client.create(ROOT, name, libc::O_RDWR, 0o600).unwrap();
+    client.write(entry.nodeid, handle, 0, &vec![7; MIB as usize / 4]).unwrap();
+    (entry.nodeid, handle)
+}
+
+#[test]
+fn what_is_open_takes_its_space_although_the_guest_knows_it_anew() {
+    let host = Host::new();
+    let mut client = limited(&host, 2 * MIB);
+    let (node, handle) = filled(&mut client, "file");
+    client.forget(node, 1);
+    let again = client.walk("file").unwrap();
+    client.unlink(ROOT, "file").unwrap();
+    client.forget(again, 1);
+    assert!(client.metric("added_bytes") >= MIB / 4);
+    client.release(again, handle);
+    assert_eq!(client.metric("added_bytes"), 0);
+}
+
+#[test]
+fn an_inode_is_credited_once_however_many_times_it_was_known() {
+    let host = Host::new();
+    let mut client = limited(&host, 2 * MIB);
+    filled(&mut client, "stays");
+    let (node, handle) = filled(&mut client, "one");
+    let link = [node.as_bytes(), &text("two")].concat();
+    client.ask(fuse_opcode::FUSE_LINK, ROOT, &link).unwrap();
+    client.unlink(ROOT, "one").unwrap();
+    client.forget(node, 2);
+    let again = client.walk("two").unwrap();
+    client.unlink(ROOT, "two").unwrap();
+    client.forget(again, 1);
+    client.release(again, handle);
+    let left = client.metric("added_bytes");
+    assert!((MIB / 4..MIB / 2).contains(&left), "{left}");
 }
 
 #[test]

@@ -206,6 +206,37 @@ fn what_was_added_stays_added() {
 }
 
 #[test]
+fn what_was_removed_and_is_only_known_is_credited_elsewhere_too() {
+    let host = Host::new();
+    let options = || Options { quota: Quota { bytes: Some(1 << 20), inodes: Some(1) }, ..Options::default() };
+    let mut client = host.client(options());
+    let (entry, fh) = client.create(ROOT, "file", libc::O_RDWR, 0o644).unwrap();
+    client.write(entry.nodeid, fh, 0, &[7; 100_000]).unwrap();
+    client.release(entry.nodeid, fh);
+    client.unlink(ROOT, "file").unwrap();
+    let mut client = moved(&host, client, options());
+    assert_eq!(client.metric("added_bytes"), 0);
+    client.mkdir(ROOT, "folder").unwrap();
+}
+
+#[test]
+fn what_is_open_and_not_known_goes_on_as_the_one_that_it_was() {
+    let host = Host::new();
+    let options = || Options { quota: Quota { bytes: Some(1 << 20), inodes: None }, ..Options::default() };
+    let mut client = host.client(options());
+    let (entry, fh) = client.create(ROOT, "file", libc::O_RDWR, 0o644).unwrap();
+    client.write(entry.nodeid, fh, 0, &[7; 100_000]).unwrap();
+    client.forget(entry.nodeid, 1);
+    let mut client = moved(&host, client, options());
+    let node = client.walk("file").unwrap();
+    client.unlink(ROOT, "file").unwrap();
+    client.forget(node, 1);
+    assert!(client.metric("added_bytes") > 100_000);
+    client.release(node, fh);
+    assert_eq!(client.metric("added_bytes"), 0);
+}
+
+#[test]
 fn more_entries_than_can_be_saved_are_not_even_read() {
     let read = |count: usize| {
         let entry = r#"{"number":1,"what":"Shown"}"#;
