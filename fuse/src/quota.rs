@@ -8,10 +8,10 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fd::AsFd;
-use rustix::fs::Statx;
+use rustix::fs::{FileType, Statx};
 use rustix::io::Errno;
 
-use crate::node::stat;
+use crate::node::{file_type, stat};
 
 /// The unit in which the host's file systems allocate.
 const BLOCK: u64 = 4096;
@@ -152,10 +152,11 @@ impl Account {
         }
     }
 
-    /// Credits an inode that is gone.
+    /// Credits an inode that is gone. Only data was counted by what it took; the rest is in what each inode counts.
     pub fn credit(&self, stat: &Statx) {
+        let data = if file_type(stat) == FileType::RegularFile { taken(stat) } else { 0 };
         subtract(&self.inodes, 1);
-        subtract(&self.bytes, taken(stat).saturating_add(INODE));
+        subtract(&self.bytes, data.saturating_add(INODE));
     }
 }
 

@@ -141,6 +141,25 @@ fn an_inode_is_credited_once_however_many_times_it_was_known() {
 }
 
 #[test]
+fn what_has_no_data_is_credited_as_it_was_counted() {
+    let host = Host::new();
+    let mut client = limited(&host, 2 * MIB);
+    filled(&mut client, "file");
+    let before = client.metric("added_bytes");
+    for _ in 0..10 {
+        let folder = client.mkdir(ROOT, "folder").unwrap().nodeid;
+        let link = [text("link"), text(&"x".repeat(4000))].concat();
+        client.ask(fuse_opcode::FUSE_SYMLINK, folder, &link).unwrap();
+        let link = client.lookup(folder, "link").unwrap().nodeid;
+        client.unlink(folder, "link").unwrap();
+        client.ask(fuse_opcode::FUSE_RMDIR, ROOT, &text("folder")).unwrap();
+        client.forget(link, 2);
+        client.forget(folder, 1);
+    }
+    assert_eq!(client.metric("added_bytes"), before);
+}
+
+#[test]
 fn removing_what_was_there_before_gives_no_room() {
     let host = Host::new();
     fs::write(host.path("before"), vec![1; 4 * MIB as usize]).unwrap();
