@@ -169,11 +169,19 @@ struct Over {
     threads: AtomicUsize,
 }
 
+/// An owner of locks as the guest names it: a process, or one open file.
+#[derive(Debug)]
+struct Named {
+    owner: Arc<Owner>,
+    /// The open file by which it has locked, if it is one alone.
+    handle: Option<u64>,
+}
+
 /// The locks of a guest.
 #[derive(Debug)]
 pub struct Locks {
     /// By inode, then by process.
-    owners: HashMap<u64, HashMap<u64, Arc<Owner>>>,
+    owners: HashMap<u64, HashMap<u64, Named>>,
     count: usize,
     max_owners: usize,
     over: Arc<Over>,
@@ -199,10 +207,10 @@ impl Locks {
 
     /// The open file of a process on an inode, if it has one.
     pub fn owner(&self, inode: u64, process: u64) -> Option<Arc<Owner>> {
-        self.owners.get(&inode)?.get(&process).cloned()
+        self.owners.get(&inode)?.get(&process).map(|named| Arc::clone(&named.owner))
     }
 
-    /// The open file of a process on an inode, made by `open` if it has none.
+    /// The open file of a process on an inode, made by `open` if it has none, to be locked by something that the guest has open.
     ///
     /// # Errors
     /// `ENOLCK` when there are as many as there may be; what `open` says.
@@ -210,16 +218,19 @@ impl Locks {
         &mut self,
         inode: u64,
         process: u64,
+        handle: u64,
         open: impl FnOnce() -> Result<Owner, Errno>,
     ) -> Result<Arc<Owner>, Errno> {
-        if let Some(owner) = self.owner(inode, process) {
-            return Ok(owner);
+        if let Some(named) = self.owners.get_mut(&inode).and_then(|processes| processes.get_mut(&process)) {
+            named.handle = named.handle.filter(|first| *first == handle);
+            return Ok(Arc::clone(&named.owner));
         }
         if self.count >= self.max_owners {
             return Err(Errno::NOLCK);
         }
         let owner = Arc::new(open()?);
-        self.owners.entry(inode).or_default().insert(process, Arc::clone(&owner));
+        let named = Named { owner: Arc::clone(&owner), handle: Some(handle) };
+        self.owners.entry(inode).or_default().insert(process, named);
         self.count += 1;
         Ok(owner)
     }
@@ -227,7 +238,7 @@ impl Locks {
     /// Releases all that a process has locked of an inode.
     pub fn release(&mut self, inode: u64, process: u64) {
         let Some(processes) = self.owners.get_mut(&inode) else { return };
-        let Some(owner) = processes.get(&process) else { return };
+        let Some(Named { owner, .. }) = processes.get(&process) else { return };
         if Arc::strong_count(owner) > 1 {
             // It waits for more, which it will have by the same open file.
             if let Ok(everything) = range(&fuse_file_lock { end: i64::MAX.cast_unsigned(), ..UNLOCK }) {
@@ -239,6 +250,17 @@ impl Locks {
         self.count -= 1;
         if processes.is_empty() {
             self.owners.remove(&inode);
+        }
+    }
+
+    /// Releases all that was locked of an inode by something that the guest had open, and by nothing else: nobody is left that
+    /// could have those locks. Those of a process are gone by then. Those of an open file (`F_OFD_SETLK` in the guest) are
+    /// not, since what a guest says when a file is closed is which process does that.
+    pub fn closed(&mut self, inode: u64, handle: u64) {
+        let Some(processes) = self.owners.get(&inode) else { return };
+        let by_it = processes.iter().filter(|(_, named)| named.handle == Some(handle));
+        for process in by_it.map(|(process, _)| *process).collect::<Vec<_>>() {
+            self.release(inode, process);
         }
     }
 

@@ -139,6 +139,7 @@ impl Server {
         if request.release_flags & abi::FUSE_RELEASE_FLUSH != 0 {
             self.locks.release(call.header.nodeid, request.lock_owner);
         }
+        self.locks.closed(call.header.nodeid, request.fh);
         self.handles.close(request.fh);
         Ok(Done::Reply)
     }

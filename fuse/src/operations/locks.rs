@@ -12,14 +12,14 @@ use crate::server::Server;
 use crate::wire::put;
 
 impl Server {
-    /// Opens an inode for the locks of one process.
-    fn lock_owner(&mut self, number: u64, process: u64) -> Result<Arc<Owner>, Errno> {
+    /// Opens an inode for the locks of one process, which it asks for by a handle.
+    fn lock_owner(&mut self, number: u64, process: u64, handle: u64) -> Result<Arc<Owner>, Errno> {
         let node = self.node(number)?;
         if node.file_type() != FileType::RegularFile {
             return Err(Errno::BADF);
         }
         let Self { export, locks, .. } = self;
-        locks.owner_or(number, process, || {
+        locks.owner_or(number, process, handle, || {
             // Writable where that is possible: a lock for writing needs it. A program that is being executed, or somebody
             // else's file, may still be locked for reading.
             let writable = if export.options.read_only { Err(Errno::ROFS) } else { export.open(&node, OFlags::RDWR) };
@@ -40,7 +40,7 @@ impl Server {
             return Err(Errno::INVAL);
         }
         let known = self.locks.owner(call.header.nodeid, request.owner).is_some();
-        let owner = self.lock_owner(call.header.nodeid, request.owner)?;
+        let owner = self.lock_owner(call.header.nodeid, request.owner, request.fh)?;
         let found = conflict(&owner, wanted);
         drop(owner);
         if !known {
@@ -63,7 +63,7 @@ impl Server {
                     Some(owner) => Wanted::Range(owner, range),
                     None => return Ok(Done::Reply),
                 },
-                _ => Wanted::Range(self.lock_owner(call.header.nodeid, request.owner)?, range),
+                _ => Wanted::Range(self.lock_owner(call.header.nodeid, request.owner, request.fh)?, range),
             }
         };
         match wanted.try_take() {

@@ -114,6 +114,33 @@ fn closing_a_file_releases_the_locks_of_its_process_only() {
 }
 
 #[test]
+fn locks_of_an_open_file_end_when_it_is_closed() {
+    let (_host, mut one, mut other) = two();
+    let (node, first) = (one.node, one.handle);
+    // As a guest's kernel has it: the owner is the open file, and is told to nobody when that is closed.
+    one.lock(100, WRITE, (0, 9)).unwrap();
+    one.handle = one.client.open(node, libc::O_RDWR).unwrap();
+    one.lock(200, WRITE, (20, 29)).unwrap();
+    // A process, that has used both.
+    one.lock(1, WRITE, (10, 19)).unwrap();
+    let second = std::mem::replace(&mut one.handle, first);
+    one.lock(1, WRITE, (10, 12)).unwrap();
+    one.handle = second;
+    one.flush(7);
+    assert_eq!(other.lock(1, READ, (0, 9)), Err(libc::EAGAIN));
+    one.client.release(node, first);
+    other.lock(1, READ, (0, 9)).unwrap();
+    assert_eq!(other.lock(1, READ, (10, 10)), Err(libc::EAGAIN));
+    assert_eq!(other.lock(1, READ, (20, 20)), Err(libc::EAGAIN));
+    one.client.release(node, second);
+    other.lock(1, READ, (20, 20)).unwrap();
+    assert_eq!(other.lock(1, READ, (10, 10)), Err(libc::EAGAIN));
+    one.flush(1);
+    other.lock(1, WRITE, (0, END)).unwrap();
+    assert!(one.client.server.save().is_ok());
+}
+
+#[test]
 fn flock_excludes_between_guests_and_with_programs_of_the_host() {
     let (host, mut one, mut other) = two();
     one.flock(WRITE).unwrap();
