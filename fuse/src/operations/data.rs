@@ -108,7 +108,8 @@ impl Server {
         }
         // What comes from the guest's cache goes where it was in the file, whoever opened it how.
         let appends = OFlags::from_bits_retain(request.flags).contains(OFlags::APPEND);
-        let append = appends && request.write_flags & abi::FUSE_WRITE_CACHE == 0;
+        let cached = request.write_flags & abi::FUSE_WRITE_CACHE != 0;
+        let append = appends && !cached;
         let account = self.export.account.clone();
         let offset = (!append).then_some(request.offset);
         let allowance = account.as_ref().map(|account| account.allow(&file.fd, offset, request.size.into()));
@@ -123,6 +124,10 @@ impl Server {
         }
         let written = written?;
         self.counters.written_bytes += written as u64;
+        if cached && written < given {
+            // A guest takes what it wrote from its cache to be in the file, however little the reply says was.
+            return Err(Errno::NOSPC);
+        }
         put(call.reply, &abi::fuse_write_out { size: u32::try_from(written).unwrap_or(u32::MAX), padding: 0 });
         Ok(Done::Reply)
     }

@@ -65,6 +65,22 @@ fn no_more_is_written_than_may_be_added() {
 }
 
 #[test]
+fn what_is_written_from_the_guests_cache_is_written_whole_or_is_an_error() {
+    let host = Host::new();
+    let mut client = limited(&host, MIB);
+    let (entry, handle) = client.create(ROOT, "file", libc::O_RDWR, 0o600).unwrap();
+    let data = vec![7; MIB as usize * 3 / 4];
+    let mut write = |offset, flags| client.write_with(entry.nodeid, handle, offset, &data, flags, 0);
+    assert_eq!(write(0, abi::FUSE_WRITE_CACHE), Ok(data.len() as u32));
+    assert_eq!(write(data.len() as u64, abi::FUSE_WRITE_CACHE), Err(libc::ENOSPC));
+    // Whoever waits for a write is told how much was written.
+    let written = fs::metadata(host.path("file")).unwrap().len();
+    assert!(matches!(write(written, 0), Ok(1..) | Err(libc::ENOSPC)));
+    let counted = client.metric("added_bytes");
+    assert!((on_disk(&host)..=MIB).contains(&counted), "{counted}");
+}
+
+#[test]
 fn the_guest_sees_what_it_may_add_as_the_size_of_its_file_system() {
     let host = Host::new();
     let mut client = limited(&host, 8 * MIB);
