@@ -54,18 +54,31 @@ impl Server {
     pub(super) fn setlk(&mut self, mut call: Call<'_>, wait: bool) -> Outcome {
         let request: abi::fuse_lk_in = call.arguments.take()?;
         self.check_locks()?;
-        let wanted = if request.lk_flags & abi::FUSE_LK_FLOCK != 0 {
-            Wanted::Whole(self.handles.file(request.fh)?, kind(&request.lk)?)
-        } else {
-            let range = range(&request.lk)?;
-            match kind(&request.lk)? {
-                Kind::Unlock => match self.locks.owner(call.header.nodeid, request.owner) {
-                    Some(owner) => Wanted::Range(owner, range),
-                    None => return Ok(Done::Reply),
-                },
-                _ => Wanted::Range(self.lock_owner(call.header.nodeid, request.owner, request.fh)?, range),
-            }
+        let kind = kind(&request.lk)?;
+        if request.lk_flags & abi::FUSE_LK_FLOCK != 0 {
+            return self.take_lock(Wanted::Whole(self.handles.file(request.fh)?, kind), wait);
+        }
+        let (inode, range) = (call.header.nodeid, range(&request.lk)?);
+        let known = self.locks.owner(inode, request.owner);
+        let is_new = known.is_none();
+        let owner = match (kind, known) {
+            (Kind::Unlock, Some(owner)) => owner,
+            (Kind::Unlock, None) => return Ok(Done::Reply),
+            _ => self.lock_owner(inode, request.owner, request.fh)?,
         };
+        let outcome = self.take_lock(Wanted::Range(owner, range), wait);
+        let has_none = match kind {
+            Kind::Unlock => outcome.is_ok() && (range.l_start, range.l_len) == (0, 0),
+            _ => outcome.is_err() && is_new,
+        };
+        if has_none {
+            // Whoever has no lock is no owner: he would keep a descriptor, and the VM from being saved.
+            self.locks.release(inode, request.owner);
+        }
+        outcome
+    }
+
+    fn take_lock(&mut self, wanted: Wanted, wait: bool) -> Outcome {
         match wanted.try_take() {
             Err(Errno::AGAIN | Errno::ACCESS) if wait => self.locks.wait(wanted).map(Done::Waiting),
             outcome => outcome.map(|()| Done::Reply),

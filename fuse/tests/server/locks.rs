@@ -141,6 +141,31 @@ fn locks_of_an_open_file_end_when_it_is_closed() {
 }
 
 #[test]
+fn whoever_has_no_lock_any_more_or_never_got_one_keeps_nothing() {
+    let host = Host::new();
+    let limits = fuse::Limits { lock_owners: 1, lock_waiters: 0, ..fuse::Limits::default() };
+    let mut one = Guest::new(&host, Options { limits, ..Options::default() });
+    let mut other = Guest::new(&host, Options::default());
+    for owner in 1..4 {
+        one.lock(owner, WRITE, (5, 9)).unwrap();
+        one.lock(owner, UNLOCK, (0, END)).unwrap();
+        assert!(one.client.server.save().is_ok());
+    }
+    other.lock(1, WRITE, (0, END)).unwrap();
+    for owner in 4..8 {
+        assert_eq!(one.lock(owner, WRITE, (5, 9)), Err(libc::EAGAIN));
+        assert_eq!(one.wait(owner, WRITE, false), Err(libc::ENOLCK));
+        assert!(one.client.server.save().is_ok());
+    }
+    // One that has another lock keeps that.
+    other.lock(1, UNLOCK, (0, 9)).unwrap();
+    one.lock(1, WRITE, (0, 9)).unwrap();
+    assert_eq!(one.lock(1, WRITE, (5, 20)), Err(libc::EAGAIN));
+    assert_eq!(other.lock(1, READ, (0, 9)), Err(libc::EAGAIN));
+    assert!(one.client.server.save().is_err());
+}
+
+#[test]
 fn flock_excludes_between_guests_and_with_programs_of_the_host() {
     let (host, mut one, mut other) = two();
     one.flock(WRITE).unwrap();
@@ -228,13 +253,14 @@ fn only_so_many_wait_and_only_so_many_hold() {
     // The one that has it keeps the other one waiting.
     let first = other.over();
     assert_eq!(first.len(), 1);
-    other.flush(if first[0].0 == 0 { 1 } else { 2 });
+    let first = if first[0].0 == 0 { 1 } else { 2 };
+    other.flush(first);
     other.over();
-    for owner in 10..12 {
-        one.lock(owner, READ, (100, 100)).err();
+    other.flush(3 - first);
+    for owner in 10..14 {
+        one.lock(owner, READ, (100, 100)).unwrap();
     }
-    one.lock(12, READ, (100, 100)).err();
-    assert_eq!(one.lock(13, READ, (100, 100)), Err(libc::ENOLCK));
+    assert_eq!(one.lock(14, READ, (100, 100)), Err(libc::ENOLCK));
     assert!(one.client.metric("limit_refusals") > 0);
 }
 
