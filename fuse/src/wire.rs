@@ -178,8 +178,10 @@ const ENTRY_HEADER: usize = 24;
 /// Adds a directory entry to a reply, padded as the protocol asks. `offset` is where the next one is read from.
 pub fn put_entry(reply: &mut Vec<u8>, ino: u64, offset: u64, kind: FileType, name: &[u8]) {
     let end = reply.len() + entry_length(name.len());
+    // What is not known (DT_UNKNOWN) has a number that no mode has.
+    let kind = if kind == FileType::Unknown { 0 } else { kind.as_raw_mode() >> 12 };
     put(reply, &[ino, offset]);
-    put(reply, &[u32::try_from(name.len()).unwrap_or(u32::MAX), kind.as_raw_mode() >> 12]);
+    put(reply, &[u32::try_from(name.len()).unwrap_or(u32::MAX), kind]);
     reply.extend_from_slice(name);
     reply.resize(end, 0);
 }
@@ -212,6 +214,15 @@ mod tests {
         assert!(Arguments::new(b"abc").bytes(4).is_err());
         let mut arguments = Arguments::new(b"one\0two\0");
         assert_eq!((arguments.text(), arguments.text()), (Ok(c"one"), Ok(c"two")));
+    }
+
+    #[test]
+    fn an_entry_of_a_type_that_is_not_known_says_so() {
+        for (kind, number) in [(FileType::Unknown, 0), (FileType::RegularFile, 8), (FileType::Directory, 4)] {
+            let mut reply = Vec::new();
+            put_entry(&mut reply, 1, 2, kind, b"x");
+            assert_eq!(reply[20..24], u32::to_ne_bytes(number), "{kind:?}");
+        }
     }
 
     #[test]

@@ -82,18 +82,23 @@ impl Server {
                 return Ok(None);
             }
             let component = Name::new(name);
+            let mut file_type = entry.file_type();
             if plus {
                 let found = component.and_then(|name| {
                     let (node, stat) = self.export.find(directory, name)?;
                     self.tell(node, &stat)
                 });
+                if let Ok(found) = &found {
+                    // Not every file system has types in its directories.
+                    file_type = FileType::from_raw_mode(found.attr.mode);
+                }
                 // An entry that is told by name only is looked up when it is used.
                 put(reply, &found.unwrap_or_else(|_| abi::fuse_entry_out::new_zeroed()));
             }
             // What is above the root is nobody's business.
             let ino = if component.is_ok() { entry.ino() } else { UNKNOWN_INO };
             next = entry.next_entry_cookie();
-            put_entry(reply, ino, next, entry.file_type(), name.to_bytes());
+            put_entry(reply, ino, next, file_type, name.to_bytes());
         }
         Ok(Some(next))
     }
