@@ -118,6 +118,11 @@ impl Account {
         Ok(())
     }
 
+    /// Takes bytes back that belonged to no file's data.
+    pub fn subtract_bytes(&self, bytes: u64) {
+        subtract(&self.bytes, bytes);
+    }
+
     /// How many of `length` bytes may be written to a file at an offset (at its end without one).
     ///
     /// # Errors

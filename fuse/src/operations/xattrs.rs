@@ -61,20 +61,38 @@ impl Server {
         check(name)?;
         let length = usize::try_from(size).ok().filter(|size| *size <= SIZE_MAX).ok_or(Errno::TOOBIG)?;
         let value = call.arguments.bytes(length)?;
-        // Not credited when it is removed: what it took on the disk is not known.
-        let account = self.export.account.clone();
-        let counted = account.map(|account| account.add_bytes((length + name.count_bytes()) as u64)).transpose();
-        self.quota(counted)?;
-        rustix::fs::fsetxattr(&file, name, value, XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?)?;
-        Ok(Done::Reply)
+        let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
+        let Some(account) = self.export.account.clone() else {
+            return rustix::fs::fsetxattr(&file, name, value, flags).map(|()| Done::Reply);
+        };
+        let (before, after) = (counted(&file, name)?, (length + name.count_bytes()) as u64);
+        let added = after.saturating_sub(before);
+        self.quota(account.add_bytes(added))?;
+        let set = rustix::fs::fsetxattr(&file, name, value, flags);
+        account.subtract_bytes(if set.is_ok() { before.saturating_sub(after) } else { added });
+        set.map(|()| Done::Reply)
     }
 
     pub(super) fn removexattr(&mut self, mut call: Call<'_>) -> Outcome {
         let name = call.arguments.text()?;
         let file = self.with_xattrs(call.header.nodeid)?;
         check(name)?;
+        let account = self.export.account.clone();
+        let before = if account.is_some() { counted(&file, name)? } else { 0 };
         rustix::fs::fremovexattr(&file, name)?;
+        if let Some(account) = account {
+            account.subtract_bytes(before);
+        }
         Ok(Done::Reply)
+    }
+}
+
+/// What an attribute counts, its name and its value: what it takes on the disk is not known. Nothing where there is none.
+fn counted(file: &OwnedFd, name: &CStr) -> Result<u64, Errno> {
+    match rustix::fs::fgetxattr_query(file, name) {
+        Ok(length) => Ok((length + name.count_bytes()) as u64),
+        Err(Errno::NODATA) => Ok(0),
+        Err(error) => Err(error),
     }
 }
 

@@ -224,3 +224,29 @@ fn an_inode_that_could_not_be_made_is_not_counted() {
     }
     client.mkdir(ROOT, "new").unwrap();
 }
+
+#[test]
+fn attributes_are_counted_as_long_as_they_are_there() {
+    let host = Host::new();
+    fs::write(host.path("file"), "").unwrap();
+    let quota = Quota { bytes: Some(64 << 10), inodes: None };
+    let mut client = host.client(Options { quota, xattrs: true, ..Options::default() });
+    let node = client.walk("file").unwrap();
+    let mut set = |client: &mut Client, length: usize, flags: u32| {
+        let body = [[length as u32, flags].as_bytes(), &text("user.a"), &vec![7; length]].concat();
+        client.ask(fuse_opcode::FUSE_SETXATTR, node, &body).map(|_| client.metric("added_bytes"))
+    };
+    match set(&mut client, 100, 0) {
+        // Some file systems have none.
+        Err(libc::EOPNOTSUPP) => return,
+        counted => assert_eq!(counted, Ok(106)),
+    }
+    // Whatever took its place counts instead of it.
+    assert_eq!([500, 500, 20].map(|length| set(&mut client, length, 0)), [Ok(506), Ok(506), Ok(26)]);
+    // What was not set, because it is there already, does not count.
+    assert_eq!(set(&mut client, 300, libc::XATTR_CREATE as u32), Err(libc::EEXIST));
+    assert_eq!(client.metric("added_bytes"), 26);
+    assert_eq!(set(&mut client, 64 << 10, 0), Err(libc::ENOSPC));
+    client.ask(fuse_opcode::FUSE_REMOVEXATTR, node, &text("user.a")).unwrap();
+    assert_eq!(client.metric("added_bytes"), 0);
+}
