@@ -1,7 +1,7 @@
 //! How much a VM may add to an export.
 //!
-//! What counts is what a file takes on the disk, up to its end. It is asked for before and after whatever can allocate. A
-//! file's space is credited when its last name was removed by the guest and nothing of the guest holds it any more: one that
+//! What counts is what a file takes on the disk, up to its end, and what a directory does besides its first block. They are asked
+//! for before and after whatever can allocate: for directories, that is whatever makes, moves or removes a name. A file's space is credited when its last name was removed by the guest and nothing of the guest holds it any more: one that
 //! is removed and still open takes its space as before. Never is more credited than was added, so that removing what was there
 //! before gives no room.
 
@@ -15,7 +15,7 @@ use crate::node::{file_type, stat};
 
 /// The unit in which the host's file systems allocate.
 const BLOCK: u64 = 4096;
-/// What an inode counts besides its data: itself, its name, a short link's target.
+/// What an inode counts besides its data: itself, its name, a link's target, a directory's first block.
 const INODE: u64 = 4096;
 
 /// What may be added.
@@ -157,17 +157,35 @@ impl Account {
         }
     }
 
-    /// Credits an inode that is gone. Only data was counted by what it took; the rest is in what each inode counts.
+    /// Counts what an inode takes that was just made.
+    pub fn add_made(&self, stat: &Statx) {
+        self.bytes.fetch_add(taken(stat), Ordering::Relaxed);
+    }
+
+    /// Whether a name may be added to a directory, which can take a block more then.
+    ///
+    /// # Errors
+    /// `ENOSPC` when it may not.
+    pub fn allow_name(&self) -> Result<(), Errno> {
+        if self.bytes_left() < BLOCK { Err(Errno::NOSPC) } else { Ok(()) }
+    }
+
+    /// Credits an inode that is gone.
     pub fn credit(&self, stat: &Statx) {
-        let data = if file_type(stat) == FileType::RegularFile { taken(stat) } else { 0 };
         subtract(&self.inodes, 1);
-        subtract(&self.bytes, data.saturating_add(INODE));
+        subtract(&self.bytes, taken(stat).saturating_add(INODE));
     }
 }
 
-/// What a file takes on the disk. What is allocated behind its end is the host's own doing and does not stay.
+/// What an inode takes on the disk besides what each one counts.
 fn taken(stat: &Statx) -> u64 {
-    stat.stx_blocks.saturating_mul(512).min(stat.stx_size.saturating_add(BLOCK - 1) / BLOCK * BLOCK)
+    let blocks = stat.stx_blocks.saturating_mul(512);
+    match file_type(stat) {
+        // What is allocated behind a file's end is the host's own doing and does not stay.
+        FileType::RegularFile => blocks.min(stat.stx_size.saturating_add(BLOCK - 1) / BLOCK * BLOCK),
+        FileType::Directory => blocks.saturating_sub(BLOCK),
+        _ => 0,
+    }
 }
 
 fn subtract(value: &AtomicU64, amount: u64) {

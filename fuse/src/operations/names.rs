@@ -16,14 +16,19 @@ use crate::wire::{Name, put};
 const TARGET_MAX: usize = 4096;
 
 impl Server {
-    /// Makes an inode: counts it, acts as the guest's user, and takes the count back if that fails.
-    fn make<T>(&mut self, call: &Call<'_>, make: impl FnOnce(&Self) -> Result<T, Errno>) -> Result<T, Errno> {
+    /// Makes an inode in a directory: counts it, acts as the guest's user, and takes the count back if that fails.
+    fn make<T>(
+        &mut self,
+        call: &Call<'_>,
+        directory: &Node,
+        make: impl FnOnce(&Self) -> Result<T, Errno>,
+    ) -> Result<T, Errno> {
         let account = self.export.account.clone();
         let counted = account.as_ref().map(|account| account.add_inode()).transpose();
         self.quota(counted)?;
         let acting = self.export.options.ownership.act_as(call.header.uid, call.header.gid);
         let made = acting.and_then(|acting| {
-            let made = make(self);
+            let made = self.in_directories(&[directory], || make(self));
             drop(acting);
             made
         });
@@ -31,6 +36,23 @@ impl Server {
             account.cancel_inode();
         }
         made
+    }
+
+    /// Changes the names in directories, and counts what those take more or less then.
+    fn in_directories<T>(&self, directories: &[&Node], change: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
+        let Some(account) = &self.export.account else { return change() };
+        let before = directories.iter().map(|directory| account.before(directory)).collect::<Result<Vec<_>, _>>()?;
+        let changed = change();
+        for (directory, before) in directories.iter().zip(before) {
+            account.settle(directory, before);
+        }
+        changed
+    }
+
+    /// Whether there is room for a name that comes without an inode.
+    fn allow_name(&mut self) -> Result<(), Errno> {
+        let allowed = self.export.account.as_ref().map_or(Ok(()), |account| account.allow_name());
+        self.quota(allowed)
     }
 
     pub(super) fn create(&mut self, mut call: Call<'_>) -> Outcome {
@@ -41,7 +63,7 @@ impl Server {
         self.handles.check()?;
         let mode = self.permissions(request.mode, FileType::RegularFile);
         // Always as a new one first: what is there already is looked at before it is opened.
-        let made = self.make(&call, |server| server.export.create(&directory, name, opening.flags, mode));
+        let made = self.make(&call, &directory, |server| server.export.create(&directory, name, opening.flags, mode));
         let (node, stat, fd) = match made {
             Ok(fd) => {
                 let (node, stat) = self.export.hold(&fd)?;
@@ -74,7 +96,7 @@ impl Server {
         let mode = self.permissions(request.mode, FileType::RegularFile);
         let exclusive = OFlags::from_bits_retain(request.flags) & OFlags::EXCL;
         let flags = opening.flags | exclusive | OFlags::TMPFILE | OFlags::CLOEXEC;
-        let fd = self.make(&call, |_| rustix::fs::openat(&*directory, c".", flags, mode))?;
+        let fd = self.make(&call, &directory, |_| rustix::fs::openat(&*directory, c".", flags, mode))?;
         let (node, stat) = self.export.hold(&fd)?;
         let entry = self.tell(node, &stat)?;
         let node = self.nodes.get(entry.nodeid)?;
@@ -94,10 +116,12 @@ impl Server {
         let mode = self.permissions(request.mode, file_type);
         match file_type {
             FileType::RegularFile => {
-                self.make(&call, |server| server.export.create(&directory, name, OFlags::WRONLY, mode).map(drop))?;
+                self.make(&call, &directory, |server| {
+                    server.export.create(&directory, name, OFlags::WRONLY, mode).map(drop)
+                })?;
             }
             FileType::Fifo | FileType::Socket => {
-                self.make(&call, |_| rustix::fs::mknodat(&*directory, name.get(), file_type, mode, 0))?;
+                self.make(&call, &directory, |_| rustix::fs::mknodat(&*directory, name.get(), file_type, mode, 0))?;
             }
             _ => return Err(Errno::PERM),
         }
@@ -109,7 +133,7 @@ impl Server {
         let name = call.arguments.name()?;
         let directory = self.directory(call.header.nodeid)?;
         let mode = self.permissions(request.mode, FileType::Directory);
-        self.make(&call, |_| rustix::fs::mkdirat(&*directory, name.get(), mode))?;
+        self.make(&call, &directory, |_| rustix::fs::mkdirat(&*directory, name.get(), mode))?;
         self.tell_made(call, &directory, name)
     }
 
@@ -120,12 +144,15 @@ impl Server {
             return Err(Errno::NAMETOOLONG);
         }
         let directory = self.directory(call.header.nodeid)?;
-        self.make(&call, |_| rustix::fs::symlinkat(target, &*directory, name.get()))?;
+        self.make(&call, &directory, |_| rustix::fs::symlinkat(target, &*directory, name.get()))?;
         self.tell_made(call, &directory, name)
     }
 
     fn tell_made(&mut self, call: Call<'_>, directory: &Node, name: Name<'_>) -> Outcome {
         let (node, stat) = self.export.find(directory, name)?;
+        if let Some(account) = &self.export.account {
+            account.add_made(&stat);
+        }
         put(call.reply, &self.tell(node, &stat)?);
         Ok(Done::Reply)
     }
@@ -135,10 +162,15 @@ impl Server {
         let name = call.arguments.name()?;
         let directory = self.directory(call.header.nodeid)?;
         let node = self.node(request.oldnodeid)?;
-        self.export.by_link(&node, |descriptors, link| {
-            rustix::fs::linkat(descriptors, link, &*directory, name.get(), AtFlags::SYMLINK_FOLLOW)
+        self.allow_name()?;
+        self.in_directories(&[&directory], || {
+            self.export.by_link(&node, |descriptors, link| {
+                rustix::fs::linkat(descriptors, link, &*directory, name.get(), AtFlags::SYMLINK_FOLLOW)
+            })
         })?;
-        self.tell_made(call, &directory, name)
+        let (node, stat) = self.export.find(&directory, name)?;
+        put(call.reply, &self.tell(node, &stat)?);
+        Ok(Done::Reply)
     }
 
     pub(super) fn unlink(&mut self, mut call: Call<'_>, is_directory: bool) -> Outcome {
@@ -146,7 +178,7 @@ impl Server {
         let directory = self.directory(call.header.nodeid)?;
         let victim = self.leaving(&directory, name)?;
         let flags = if is_directory { AtFlags::REMOVEDIR } else { AtFlags::empty() };
-        rustix::fs::unlinkat(&*directory, name.get(), flags)?;
+        self.in_directories(&[&directory], || rustix::fs::unlinkat(&*directory, name.get(), flags))?;
         if let Some(victim) = victim {
             victim.name_removed();
         }
@@ -187,7 +219,11 @@ impl Server {
         let (from, to) = (self.directory(call.header.nodeid)?, self.directory(new_directory)?);
         self.leaving(&from, old)?;
         let victim = self.leaving(&to, new)?;
-        rustix::fs::renameat_with(&*from, old.get(), &*to, new.get(), flags)?;
+        if victim.is_none() {
+            self.allow_name()?;
+        }
+        let directories = if from.key() == to.key() { &[&*from][..] } else { &[&*from, &*to] };
+        self.in_directories(directories, || rustix::fs::renameat_with(&*from, old.get(), &*to, new.get(), flags))?;
         if let Some(victim) = victim.filter(|_| flags.is_empty()) {
             victim.name_removed();
         }

@@ -250,3 +250,52 @@ fn attributes_are_counted_as_long_as_they_are_there() {
     client.ask(fuse_opcode::FUSE_REMOVEXATTR, node, &text("user.a")).unwrap();
     assert_eq!(client.metric("added_bytes"), 0);
 }
+
+/// What a directory of the host takes besides its first block.
+fn grown(host: &Host, name: &str) -> u64 {
+    use std::os::unix::fs::MetadataExt as _;
+    (fs::metadata(host.path(name)).unwrap().blocks() * 512).saturating_sub(4096)
+}
+
+#[test]
+fn directories_count_what_names_make_them_take() {
+    let host = Host::new();
+    let mut client = limited(&host, 4 * MIB);
+    let (file, _) = filled(&mut client, "file");
+    let [folder, other] = ["folder", "other"].map(|name| client.mkdir(ROOT, name).unwrap().nodeid);
+    let before = client.metric("added_bytes");
+    let names: Vec<String> = (0..200).map(|index| format!("{index:0200}")).collect();
+    for name in &names {
+        client.ask(fuse_opcode::FUSE_LINK, folder, &[file.as_bytes(), &text(name)].concat()).unwrap();
+    }
+    assert_eq!(client.metric("added_bytes") - before, grown(&host, "folder"));
+    for name in &names {
+        let body = [other.as_bytes(), &text(name), &text(name)].concat();
+        client.ask(fuse_opcode::FUSE_RENAME, folder, &body).unwrap();
+    }
+    assert_eq!(client.metric("added_bytes") - before, grown(&host, "folder") + grown(&host, "other"));
+    for name in &names {
+        client.unlink(other, name).unwrap();
+    }
+    for (name, node) in [("folder", folder), ("other", other)] {
+        client.ask(fuse_opcode::FUSE_RMDIR, ROOT, &text(name)).unwrap();
+        client.forget(node, 1);
+    }
+    assert_eq!(client.metric("added_bytes"), before - 2 * 4096);
+}
+
+#[test]
+fn a_name_needs_room_also_without_an_inode() {
+    let host = Host::new();
+    fs::write(host.path("there"), "").unwrap();
+    // Less than a block is left once there is one inode.
+    let mut client = limited(&host, 8191);
+    let (entry, _) = client.create(ROOT, "file", libc::O_RDWR, 0o600).unwrap();
+    let link = [entry.nodeid.as_bytes(), &text("link")].concat();
+    assert_eq!(client.ask(fuse_opcode::FUSE_LINK, ROOT, &link), Err(libc::ENOSPC));
+    let mut rename =
+        |to| client.ask(fuse_opcode::FUSE_RENAME, ROOT, &[ROOT.as_bytes(), &text("file"), &text(to)].concat());
+    assert_eq!(rename("moved"), Err(libc::ENOSPC));
+    // A name that is there already takes no more.
+    rename("there").unwrap();
+}
