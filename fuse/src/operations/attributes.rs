@@ -7,7 +7,7 @@ use rustix::fs::{Access, AtFlags, FileType, Mode, OFlags, StatVfs, Statx, Timesp
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
 
-use super::{Call, Done, EXECUTE, Outcome};
+use super::{Call, Done, EXECUTE, Outcome, SET_GID, SET_UID};
 use crate::export::Root;
 use crate::node::{Node, stat};
 use crate::server::Server;
@@ -15,8 +15,6 @@ use crate::wire::{NAME_MAX, Name, entry, put};
 
 /// The permissions of the directory that shows a single file.
 const SHOWN_MODE: u32 = 0o040_555;
-const SET_UID: u32 = 0o4000;
-const SET_GID: u32 = 0o2000;
 /// `UTIME_NOW`, as a timestamp's nanoseconds.
 const NOW: i64 = 0x3fff_ffff;
 /// `UTIME_OMIT`.

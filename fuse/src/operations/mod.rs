@@ -17,6 +17,7 @@ use rustix::io::Errno;
 use crate::export::Root;
 use crate::lock::Ticket;
 use crate::node::{Key, Node};
+use crate::owner::Ownership;
 use crate::server::Server;
 use crate::wire::{Arguments, Message, attributes};
 
@@ -196,6 +197,13 @@ impl Server {
         };
         let mut attributes = attributes(stat, ino);
         (attributes.uid, attributes.gid) = self.export.options.ownership.shown(attributes.uid, attributes.gid);
+        if self.export.options.ownership != Ownership::Mapped {
+            // Whoever it belongs to on the host, it would run as the one user that it seems to belong to.
+            attributes.mode &= !SET_UID;
+            if attributes.mode & FileType::MASK != DIRECTORY {
+                attributes.mode &= !SET_GID;
+            }
+        }
         if self.export.options.noexec && attributes.mode & FileType::MASK == REGULAR {
             attributes.mode &= !EXECUTE;
         }
@@ -204,6 +212,9 @@ impl Server {
 }
 
 const REGULAR: u32 = 0o100_000;
+const DIRECTORY: u32 = 0o040_000;
+const SET_UID: u32 = 0o4000;
+const SET_GID: u32 = 0o2000;
 const EXECUTE: u32 = 0o111;
 
 /// The mask of a mode's file type (`S_IFMT`).

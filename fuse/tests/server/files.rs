@@ -131,6 +131,21 @@ fn owners_are_squashed_to_the_user_asked_for() {
 }
 
 #[test]
+fn what_runs_as_its_owner_on_the_host_does_not_run_as_the_one_user_of_the_guest() {
+    let host = Host::new();
+    fs::write(host.path("program"), "").unwrap();
+    fs::create_dir(host.path("folder")).unwrap();
+    for (name, mode) in [("program", 0o6755), ("folder", 0o2775)] {
+        fs::set_permissions(host.path(name), fs::Permissions::from_mode(mode)).unwrap();
+    }
+    let mut client = host.client(Options::default());
+    let shown = |client: &mut Client, name: &str| client.lookup(ROOT, name).unwrap().attr.mode & 0o7777;
+    assert_eq!((shown(&mut client, "program"), shown(&mut client, "folder")), (0o755, 0o2775));
+    let mut client = host.client(Options { ownership: Ownership::Mapped, ..Options::default() });
+    assert_eq!(shown(&mut client, "program"), 0o6755);
+}
+
+#[test]
 fn owners_are_mapped_by_who_may() {
     let host = Host::new();
     let options = Options { ownership: Ownership::Mapped, ..Options::default() };
