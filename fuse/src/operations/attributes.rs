@@ -106,9 +106,7 @@ impl Server {
         let node = self.node(call.header.nodeid)?;
         let asked = |flag| request.valid & flag != 0;
         if asked(abi::FATTR_MODE) {
-            let mode = self.permissions(request.mode, node.file_type());
-            self.export
-                .by_link(&node, |descriptors, link| rustix::fs::chmodat(descriptors, link, mode, AtFlags::empty()))?;
+            self.set_mode(&node, request.mode)?;
         }
         if asked(abi::FATTR_UID | abi::FATTR_GID) {
             let owner = asked(abi::FATTR_UID).then_some(request.uid);
@@ -125,6 +123,22 @@ impl Server {
         let attributes = self.attributes(&stat(&node)?);
         put(call.reply, &self.attributes_reply(attributes));
         Ok(Done::Reply)
+    }
+
+    fn set_mode(&self, node: &Node, mode: u32) -> Result<(), Errno> {
+        let mode = self.permissions(mode, node.file_type());
+        // Only who is of a directory's group keeps its set-group-ID bit, or who has a capability that this thread has not.
+        let acting = if mode.contains(Mode::SGID) {
+            let own = rustix::process::geteuid().as_raw();
+            Some(self.export.options.ownership.act_as(own, stat(node)?.stx_gid)?)
+        } else {
+            None
+        };
+        let set = self
+            .export
+            .by_link(node, |descriptors, link| rustix::fs::chmodat(descriptors, link, mode, AtFlags::empty()));
+        drop(acting);
+        set
     }
 
     fn set_owner(&self, node: &Node, owner: Option<u32>, group: Option<u32>) -> Result<(), Errno> {

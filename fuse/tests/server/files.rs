@@ -169,6 +169,35 @@ fn owners_are_mapped_by_who_may() {
 }
 
 #[test]
+fn a_directory_hands_its_group_on_where_the_guest_says_so() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let host = Host::new();
+    fs::create_dir(host.path("folder")).unwrap();
+    fs::write(host.path("program"), "").unwrap();
+    for name in ["folder", "program"] {
+        std::os::unix::fs::chown(host.path(name), Some(1234), Some(5678)).unwrap();
+    }
+    let mut client = host.client(Options { ownership: Ownership::Mapped, ..Options::default() });
+    let serve = || {
+        fuse::prepare_thread(Ownership::Mapped, None).unwrap();
+        for name in ["folder", "program"] {
+            let node = client.walk(name).unwrap();
+            let mut request = abi::fuse_setattr_in::new_zeroed();
+            (request.valid, request.mode) = (abi::FATTR_MODE, 0o2775);
+            client.ask(fuse_opcode::FUSE_SETATTR, node, request.as_bytes()).unwrap();
+        }
+        // The thread is itself again.
+        client.mkdir(ROOT, "own").unwrap();
+    };
+    std::thread::scope(|scope| scope.spawn(serve).join().unwrap());
+    let mode = |name: &str| fs::metadata(host.path(name)).unwrap().mode() & 0o7777;
+    assert_eq!((mode("folder"), mode("program")), (0o2775, 0o775));
+    assert_eq!(fs::metadata(host.path("own")).unwrap().gid(), 0);
+}
+
+#[test]
 fn the_cache_policy_is_what_the_guest_is_told() {
     let host = Host::new();
     fs::write(host.path("file"), "").unwrap();
