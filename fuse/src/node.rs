@@ -191,6 +191,14 @@ impl Nodes {
         self.known.get(&number).map(|known| Arc::clone(&known.node)).ok_or(Errno::STALE)
     }
 
+    /// Whether there is room for one more that nothing of the guest's holds yet: to be asked before it is made.
+    ///
+    /// # Errors
+    /// `ENFILE` when there is not.
+    pub fn check(&self) -> Result<(), Errno> {
+        if self.held.lock().len() < self.max { Ok(()) } else { Err(Errno::NFILE) }
+    }
+
     /// The node that stands for an inode: this one, if nothing of the guest's holds the inode yet.
     ///
     /// # Errors

@@ -23,6 +23,7 @@ impl Server {
         directory: &Node,
         make: impl FnOnce(&Self) -> Result<T, Errno>,
     ) -> Result<T, Errno> {
+        self.nodes.check()?;
         let account = self.export.account.clone();
         let counted = account.as_ref().map(|account| account.add_inode()).transpose();
         self.quota(counted)?;
@@ -69,8 +70,12 @@ impl Server {
                 let (node, stat) = self.export.hold(&fd)?;
                 (node, stat, Some(fd))
             }
-            Err(Errno::EXIST) if !OFlags::from_bits_retain(request.flags).contains(OFlags::EXCL) => {
-                let (node, stat) = self.export.find(&directory, name)?;
+            // Nor does one that is known take any room.
+            Err(error @ (Errno::EXIST | Errno::NFILE))
+                if !OFlags::from_bits_retain(request.flags).contains(OFlags::EXCL) =>
+            {
+                let found = self.export.find(&directory, name);
+                let (node, stat) = found.map_err(|missing| if error == Errno::NFILE { error } else { missing })?;
                 (node, stat, None)
             }
             Err(error) => return Err(error),

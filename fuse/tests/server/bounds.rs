@@ -67,6 +67,23 @@ fn what_is_open_counts_although_the_guest_forgot_it() {
 }
 
 #[test]
+fn nothing_is_made_that_the_guest_could_not_be_told_of() {
+    let host = Host::new();
+    fs::write(host.path("known"), "").unwrap();
+    let mut client = host.client(options(1, 10));
+    client.walk("known").unwrap();
+    let symlink = [text("made"), text("target")].concat();
+    let mknod = [[libc::S_IFREG | 0o644, 0, 0, 0].as_bytes(), &text("made")].concat();
+    assert_eq!(client.create(ROOT, "made", libc::O_RDWR, 0o600).err(), Some(libc::ENFILE));
+    assert_eq!(client.mkdir(ROOT, "made").err(), Some(libc::ENFILE));
+    assert_eq!(client.ask(fuse_opcode::FUSE_SYMLINK, ROOT, &symlink), Err(libc::ENFILE));
+    assert_eq!(client.ask(fuse_opcode::FUSE_MKNOD, ROOT, &mknod), Err(libc::ENFILE));
+    assert_eq!(fs::read_dir(host.export()).unwrap().count(), 1);
+    // What is known already is opened.
+    client.create(ROOT, "known", libc::O_RDWR, 0o600).unwrap();
+}
+
+#[test]
 fn forgetting_too_much_or_what_is_not_known_does_no_harm() {
     let host = Host::new();
     fs::write(host.path("file"), "content").unwrap();
