@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use rustix::io::ReadWriteFlags;
 use smallvec::SmallVec;
 use vm_memory::VolatileSlice;
 
@@ -59,12 +60,17 @@ pub fn read_at(file: BorrowedFd<'_>, buffers: &[VolatileSlice<'_>], offset: u64)
     })
 }
 
-/// Writes `buffers`, in order, at `offset` of the file, or at its end with `append`, and says how much was written.
+/// Writes `buffers`, in order, at `offset` of the file, or as pwritev2(2) does with these flags, and says how much was written.
 ///
 /// # Errors
 /// What the system says, when nothing was written.
-pub fn write_at(file: BorrowedFd<'_>, buffers: &[VolatileSlice<'_>], offset: u64, append: bool) -> io::Result<usize> {
-    let flags = if append { libc::RWF_APPEND } else { 0 };
+pub fn write_at(
+    file: BorrowedFd<'_>,
+    buffers: &[VolatileSlice<'_>],
+    offset: u64,
+    flags: ReadWriteFlags,
+) -> io::Result<usize> {
+    let flags = flags.bits().cast_signed();
     with_vectors(buffers, |vectors| {
         // SAFETY: as for `write_all_at`.
         moved(transfer_some(vectors, offset, |vectors, count, offset| unsafe {
@@ -241,8 +247,8 @@ mod tests {
         file.write_all(b"0123456789").unwrap();
         memory.write_slice(b"abcdef", GuestAddress(0x100)).unwrap();
 
-        let appended = write_at(file.as_fd(), &[slice(0x100, 2), slice(0x104, 2)], 3, true).unwrap();
-        let written = write_at(file.as_fd(), &[slice(0x100, 2)], 1, false).unwrap();
+        let appended = write_at(file.as_fd(), &[slice(0x100, 2), slice(0x104, 2)], 3, ReadWriteFlags::APPEND).unwrap();
+        let written = write_at(file.as_fd(), &[slice(0x100, 2)], 1, ReadWriteFlags::DSYNC).unwrap();
         let read = read_at(file.as_fd(), &[slice(0x200, 8), slice(0x300, 8)], 0).unwrap();
 
         let mut content = [0; 8];

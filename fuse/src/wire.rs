@@ -6,7 +6,7 @@ use std::time::Duration;
 use fuse_abi::linux as abi;
 use rustix::fd::BorrowedFd;
 use rustix::fs::{FileType, Statx};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// The most bytes that a READ or a WRITE moves.
@@ -39,11 +39,18 @@ pub trait Message {
     /// What the system says, when nothing was read.
     fn read_from(&mut self, file: BorrowedFd<'_>, offset: u64, length: usize) -> Result<usize, Errno>;
 
-    /// Writes the next bytes of the request to a file; at its end with `append`, whatever the offset.
+    /// Writes the next bytes of the request to a file, as pwritev2(2) does with these flags: at its end, whatever the offset, or
+    /// through to the disk.
     ///
     /// # Errors
     /// What the system says, when nothing was written.
-    fn write_to(&mut self, file: BorrowedFd<'_>, offset: u64, length: usize, append: bool) -> Result<usize, Errno>;
+    fn write_to(
+        &mut self,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        length: usize,
+        flags: ReadWriteFlags,
+    ) -> Result<usize, Errno>;
 }
 
 /// The name of a directory's entry: one component, neither empty nor `.` nor `..`.

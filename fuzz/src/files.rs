@@ -269,9 +269,14 @@ impl Message for Bytes<'_> {
         Ok(self.data)
     }
 
-    fn write_to(&mut self, file: BorrowedFd<'_>, at: u64, length: usize, append: bool) -> Result<usize, Errno> {
+    fn write_to(
+        &mut self,
+        file: BorrowedFd<'_>,
+        at: u64,
+        length: usize,
+        flags: ReadWriteFlags,
+    ) -> Result<usize, Errno> {
         let (data, _) = self.request.split_at_checked(length).expect("no more is written than was sent");
-        let flags = if append { ReadWriteFlags::APPEND } else { ReadWriteFlags::empty() };
         let written = rustix::io::pwritev2(file, &[std::io::IoSlice::new(data)], at, flags)?;
         self.request = &self.request[written..];
         Ok(written)

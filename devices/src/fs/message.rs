@@ -3,7 +3,7 @@
 use fuse::Message;
 use fuse::wire::REPLY_HEADER;
 use rustix::fd::BorrowedFd;
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags};
 use vm_memory::{Bytes, GuestAddress, VolatileSlice};
 
 use crate::GuestMemory;
@@ -70,9 +70,15 @@ impl Message for GuestMessage<'_> {
         read_at(file, &room, offset).map_err(error)
     }
 
-    fn write_to(&mut self, file: BorrowedFd<'_>, at: u64, length: usize, append: bool) -> Result<usize, Errno> {
+    fn write_to(
+        &mut self,
+        file: BorrowedFd<'_>,
+        at: u64,
+        length: usize,
+        flags: ReadWriteFlags,
+    ) -> Result<usize, Errno> {
         let data = part(&self.buffers.readable, 0, length).ok_or(Errno::FAULT)?;
-        let written = write_at(file, &data, at, append).map_err(error)?;
+        let written = write_at(file, &data, at, flags).map_err(error)?;
         self.moved += written as u64;
         Ok(written)
     }

@@ -6,7 +6,7 @@ use fuse_abi::linux as abi;
 use nix::libc;
 use rustix::fd::AsFd;
 use rustix::fs::{FallocateFlags, FileType, OFlags, SeekFrom};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags};
 
 use super::{Call, Done, Outcome};
 use crate::export::Cache;
@@ -106,10 +106,9 @@ impl Server {
         if given > call.message.remaining() || request.size > DATA_MAX {
             return Err(Errno::INVAL);
         }
-        // What comes from the guest's cache goes where it was in the file, whoever opened it how.
-        let appends = OFlags::from_bits_retain(request.flags).contains(OFlags::APPEND);
         let cached = request.write_flags & abi::FUSE_WRITE_CACHE != 0;
-        let append = appends && !cached;
+        let flags = write_flags(request.flags, cached);
+        let append = flags.contains(ReadWriteFlags::APPEND);
         let account = self.export.account.clone();
         let offset = (!append).then_some(request.offset);
         let allowance = account.as_ref().map(|account| account.allow(&file.fd, offset, request.size.into()));
@@ -118,7 +117,7 @@ impl Server {
         if length < given {
             self.counters.quota_refusals += 1;
         }
-        let written = call.message.write_to(file.as_fd(), request.offset, length, append);
+        let written = call.message.write_to(file.as_fd(), request.offset, length, flags);
         if let (Some(account), Some(allowance)) = (account, allowance) {
             account.settle(&file.fd, allowance);
         }
@@ -222,6 +221,18 @@ impl Server {
         put(call.reply, &abi::fuse_write_out { size: u32::try_from(copied).unwrap_or(u32::MAX), padding: 0 });
         Ok(Done::Reply)
     }
+}
+
+/// How a write is to be done by the flags of the file in the guest, and of this one write.
+fn write_flags(given: u32, cached: bool) -> ReadWriteFlags {
+    let has = |flag: libc::c_int| given & flag.cast_unsigned() == flag.cast_unsigned();
+    let mut flags = ReadWriteFlags::empty();
+    // What comes from the guest's cache goes where it was in the file, whoever opened it how.
+    flags.set(ReadWriteFlags::APPEND, has(libc::O_APPEND) && !cached);
+    // O_SYNC has the bit of O_DSYNC as well.
+    flags.set(ReadWriteFlags::SYNC, has(libc::O_SYNC));
+    flags.set(ReadWriteFlags::DSYNC, has(libc::O_DSYNC));
+    flags
 }
 
 /// The system takes all ones for the place where a descriptor stands.

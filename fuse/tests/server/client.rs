@@ -21,6 +21,14 @@ pub struct Bytes<'a> {
     pub request: &'a [u8],
     pub room: usize,
     pub data: Vec<u8>,
+    /// How data was written.
+    pub flags: ReadWriteFlags,
+}
+
+impl<'a> Bytes<'a> {
+    pub fn new(request: &'a [u8], room: usize) -> Self {
+        Self { request, room, data: Vec::new(), flags: ReadWriteFlags::empty() }
+    }
 }
 
 impl Message for Bytes<'_> {
@@ -48,8 +56,14 @@ impl Message for Bytes<'_> {
         Ok(read)
     }
 
-    fn write_to(&mut self, file: BorrowedFd<'_>, at: u64, length: usize, append: bool) -> Result<usize, Errno> {
-        let flags = if append { ReadWriteFlags::APPEND } else { ReadWriteFlags::empty() };
+    fn write_to(
+        &mut self,
+        file: BorrowedFd<'_>,
+        at: u64,
+        length: usize,
+        flags: ReadWriteFlags,
+    ) -> Result<usize, Errno> {
+        self.flags = flags;
         let written = rustix::io::pwritev2(file, &[std::io::IoSlice::new(&self.request[..length])], at, flags)?;
         self.request = &self.request[written..];
         Ok(written)
@@ -77,6 +91,8 @@ pub struct Client {
     pub server: Server,
     /// The user and the group that ask.
     pub caller: (u32, u32),
+    /// How the last request wrote data.
+    pub written: ReadWriteFlags,
     unique: u64,
 }
 
@@ -90,7 +106,8 @@ pub enum Ended {
 
 impl Client {
     pub fn new(export: Export) -> Self {
-        let mut client = Self { server: Server::new(export).unwrap(), caller: (0, 0), unique: 0 };
+        let (server, written) = (Server::new(export).unwrap(), ReadWriteFlags::empty());
+        let mut client = Self { server, caller: (0, 0), written, unique: 0 };
         client.init();
         client
     }
@@ -112,7 +129,7 @@ impl Client {
         let mut request = request(opcode, self.unique, nodeid, body);
         request[24..28].copy_from_slice(&self.caller.0.to_le_bytes());
         request[28..32].copy_from_slice(&self.caller.1.to_le_bytes());
-        let mut message = Bytes { request: &request, room, data: Vec::new() };
+        let mut message = Bytes::new(&request, room);
         let (mut reply, data) = match self.server.serve(&mut message) {
             Served::Reply { reply, data } => (reply.to_vec(), data),
             Served::Nothing => return Ok(Ended::Nothing),
@@ -120,6 +137,7 @@ impl Client {
             Served::Malformed => panic!("a whole request was malformed"),
         };
         assert_eq!(message.data.len(), data);
+        self.written = message.flags;
         reply.extend(message.data);
         assert!(reply.len() <= room.max(HEADER));
         let header: abi::fuse_out_header = parse(&reply);

@@ -58,6 +58,24 @@ fn appending_goes_to_the_end_whatever_the_guest_thinks_it_is() {
 }
 
 #[test]
+fn a_write_waits_for_the_disk_where_it_is_to() {
+    use rustix::io::ReadWriteFlags as Flags;
+
+    let host = Host::new();
+    let mut client = host.client(Options::default());
+    let (entry, handle) = client.create(ROOT, "file", libc::O_RDWR, 0o600).unwrap();
+    for (flags, expected) in [
+        (0, Flags::empty()),
+        (libc::O_DSYNC, Flags::DSYNC),
+        (libc::O_SYNC, Flags::SYNC | Flags::DSYNC),
+        (libc::O_DSYNC | libc::O_APPEND, Flags::DSYNC | Flags::APPEND),
+    ] {
+        client.write_with(entry.nodeid, handle, 0, b"data", 0, flags as u32).unwrap();
+        assert_eq!(client.written, expected, "{flags:#x}");
+    }
+}
+
+#[test]
 fn directories_are_read_in_pieces_of_any_size() {
     let host = Host::new();
     let mut expected: Vec<String> =

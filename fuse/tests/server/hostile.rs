@@ -82,7 +82,7 @@ proptest! {
                     continue;
                 }
             };
-            let mut message = Bytes { request: &bytes, room, data: Vec::new() };
+            let mut message = Bytes::new(&bytes, room);
             if let Served::Reply { reply, data } = client.server.serve(&mut message) {
                 prop_assert!(reply.len() + data <= room.max(16));
                 prop_assert_eq!(data, message.data.len());

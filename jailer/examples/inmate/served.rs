@@ -57,8 +57,14 @@ impl Message for Bytes<'_> {
         preadv(file, &mut [IoSliceMut::new(&mut self.data)], offset)
     }
 
-    fn write_to(&mut self, file: BorrowedFd<'_>, at: u64, length: usize, _: bool) -> std::result::Result<usize, Errno> {
-        pwritev2(file, &[IoSlice::new(&self.request[..length])], at, ReadWriteFlags::empty())
+    fn write_to(
+        &mut self,
+        file: BorrowedFd<'_>,
+        at: u64,
+        length: usize,
+        flags: ReadWriteFlags,
+    ) -> std::result::Result<usize, Errno> {
+        pwritev2(file, &[IoSlice::new(&self.request[..length])], at, flags)
     }
 }
 
