@@ -79,9 +79,16 @@ pub(crate) fn take(trees: &[Tree<'_>], user: Option<u32>) -> Result<Taken, JailE
 
 fn clone(tree: &Tree<'_>) -> Result<OwnedFd, JailError> {
     let clone = clone_of(tree.path)?;
-    // The server sees to all of it, too: a kernel that is too old does without.
-    _ = sys::set_mount(clone.as_fd(), Attributes::Harmless { read_only: tree.read_only });
-    Ok(clone)
+    match sys::set_mount(clone.as_fd(), Attributes::Harmless { read_only: tree.read_only }) {
+        // That nothing is written is for the host's kernel to see to, whoever the server obeys.
+        Err(errno) if tree.read_only => Err(JailError::Path {
+            step: "make read-only the files of",
+            path: tree.path.to_owned(),
+            source: errno.into(),
+        }),
+        // The server sees to all the rest, too: a kernel that is too old does without.
+        _ => Ok(clone),
+    }
 }
 
 fn clone_of(path: &Path) -> Result<OwnedFd, JailError> {

@@ -214,7 +214,7 @@ pub enum Attributes<'a> {
 /// Sets the attributes of a mount.
 ///
 /// # Errors
-/// What mount_setattr(2) says: it needs Linux 5.12, and links that are not followed 5.14.
+/// What mount_setattr(2) says: it needs Linux 5.12. Before 5.14, links are followed as before.
 pub fn set_mount(mount: BorrowedFd<'_>, wanted: Attributes<'_>) -> rustix::io::Result<()> {
     const MOUNT_ATTR_NOSYMFOLLOW: u64 = 0x0020_0000;
     // SAFETY: all-zero is a valid value of this plain struct of integers.
@@ -234,6 +234,17 @@ pub fn set_mount(mount: BorrowedFd<'_>, wanted: Attributes<'_>) -> rustix::io::R
             attributes.userns_fd = namespace.as_raw_fd() as u64;
         }
     }
+    match set_attributes(mount, flags, &mut attributes) {
+        // Nothing is set if one of them is not known, and that one is younger than the rest.
+        Err(Errno::INVAL) if attributes.attr_set & MOUNT_ATTR_NOSYMFOLLOW != 0 => {
+            attributes.attr_set &= !MOUNT_ATTR_NOSYMFOLLOW;
+            set_attributes(mount, flags, &mut attributes)
+        }
+        set => set,
+    }
+}
+
+fn set_attributes(mount: BorrowedFd<'_>, flags: i32, attributes: &mut libc::mount_attr) -> rustix::io::Result<()> {
     // SAFETY: the path is a string, and `attributes` a whole structure of the size that is given.
     let set = unsafe {
         libc::syscall(
@@ -241,7 +252,7 @@ pub fn set_mount(mount: BorrowedFd<'_>, wanted: Attributes<'_>) -> rustix::io::R
             mount.as_raw_fd(),
             c"".as_ptr(),
             flags,
-            ptr::from_mut(&mut attributes),
+            ptr::from_mut(attributes),
             size_of::<libc::mount_attr>(),
         )
     };
