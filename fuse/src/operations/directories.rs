@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use fuse_abi::linux as abi;
 use rustix::fd::OwnedFd;
-use rustix::fs::{FileType, OFlags, RawDir, SeekFrom};
+use rustix::fs::{FileType, OFlags, RawDir, RawDirEntry, SeekFrom};
 use rustix::io::Errno;
 use zerocopy::FromZeros as _;
 
@@ -16,8 +16,11 @@ use crate::node::Node;
 use crate::server::Server;
 use crate::wire::{ENTRIES_MAX, Name, REPLY_HEADER, entry_length, put, put_entry};
 
-/// How many bytes of entries are asked of the host at once.
+/// How many bytes of entries are asked of the host at once, at most.
 const BUFFER: usize = 32 << 10;
+/// How long an entry is that the host gives (`struct linux_dirent64`), at least; and at most, with the longest name.
+const HOST_ENTRY: usize = 24;
+const HOST_ENTRY_MAX: usize = 280;
 /// The number of an entry whose inode has none for the guest (`FUSE_UNKNOWN_INO`).
 const UNKNOWN_INO: u64 = u32::MAX as u64;
 
@@ -71,36 +74,59 @@ impl Server {
         plus: bool,
         reply: &mut Vec<u8>,
     ) -> Result<Option<u64>, Errno> {
-        let mut buffer = vec![MaybeUninit::uninit(); BUFFER];
-        let mut entries = RawDir::new(fd, &mut buffer);
-        let mut next = offset;
-        while let Some(entry) = entries.next() {
-            let entry = entry?;
-            let name = entry.file_name();
-            let extra = if plus { size_of::<abi::fuse_entry_out>() } else { 0 };
-            if reply.len() + extra + entry_length(name.count_bytes()) > most {
-                return Ok(None);
-            }
-            let component = Name::new(name);
-            let mut file_type = entry.file_type();
-            if plus {
-                let found = component.and_then(|name| {
-                    let (node, stat) = self.export.find(directory, name)?;
-                    self.tell(node, &stat)
-                });
-                if let Ok(found) = &found {
-                    // Not every file system has types in its directories.
-                    file_type = FileType::from_raw_mode(found.attr.mode);
+        let (begin, mut next) = (reply.len(), offset);
+        let mut length = fitting(most.saturating_sub(begin), plus).unwrap_or(HOST_ENTRY_MAX);
+        loop {
+            let mut buffer = vec![MaybeUninit::uninit(); length];
+            let mut entries = RawDir::new(fd, &mut buffer);
+            loop {
+                let entry = match entries.next() {
+                    None => return Ok(Some(next)),
+                    Some(Ok(entry)) => entry,
+                    // What is listed is, and what is wrong will be so when the guest goes on.
+                    Some(Err(_)) if reply.len() > begin => return Ok(Some(next)),
+                    // Some file systems have longer names.
+                    Some(Err(Errno::INVAL)) if length < BUFFER => break,
+                    Some(Err(error)) => return Err(error),
+                };
+                let extra = if plus { size_of::<abi::fuse_entry_out>() } else { 0 };
+                if reply.len() + extra + entry_length(entry.file_name().count_bytes()) > most {
+                    return Ok(None);
                 }
-                // An entry that is told by name only is looked up when it is used.
-                put(reply, &found.unwrap_or_else(|_| abi::fuse_entry_out::new_zeroed()));
+                next = entry.next_entry_cookie();
+                self.list_entry(directory, &entry, plus, reply);
+                if entries.is_buffer_empty() {
+                    break;
+                }
             }
-            // What is above the root is nobody's business.
-            let ino = if component.is_ok() { entry.ino() } else { UNKNOWN_INO };
-            next = entry.next_entry_cookie();
-            put_entry(reply, ino, next, file_type, name.to_bytes());
+            length = match fitting(most - reply.len(), plus) {
+                _ if reply.len() == begin => BUFFER,
+                Some(length) => length,
+                None => return Ok(Some(next)),
+            };
         }
-        Ok(Some(next))
+    }
+
+    /// Adds an entry of a directory of the host.
+    fn list_entry(&mut self, directory: &Node, entry: &RawDirEntry<'_>, plus: bool, reply: &mut Vec<u8>) {
+        let name = entry.file_name();
+        let component = Name::new(name);
+        let mut file_type = entry.file_type();
+        if plus {
+            let found = component.and_then(|name| {
+                let (node, stat) = self.export.find(directory, name)?;
+                self.tell(node, &stat)
+            });
+            if let Ok(found) = &found {
+                // Not every file system has types in its directories.
+                file_type = FileType::from_raw_mode(found.attr.mode);
+            }
+            // An entry that is told by name only is looked up when it is used.
+            put(reply, &found.unwrap_or_else(|_| abi::fuse_entry_out::new_zeroed()));
+        }
+        // What is above the root is nobody's business.
+        let ino = if component.is_ok() { entry.ino() } else { UNKNOWN_INO };
+        put_entry(reply, ino, entry.next_entry_cookie(), file_type, name.to_bytes());
     }
 
     /// Lists a directory that shows a single file.
@@ -147,5 +173,34 @@ impl Server {
             Root::Shown { file, .. } => rustix::fs::fsync(self.export.open(file, OFlags::RDONLY)?)?,
         }
         Ok(Done::Reply)
+    }
+}
+
+/// How many bytes of entries to ask of the host, so that all of them fit `left` bytes of a reply: what is left over would have to be
+/// read again, from where not every file system finds it again. Nothing where that could be too few for an entry.
+fn fitting(left: usize, plus: bool) -> Option<usize> {
+    let extra = if plus { size_of::<abi::fuse_entry_out>() } else { 0 };
+    // An entry is 8 bytes longer in a reply, at most, besides attributes: the shortest one grows the most.
+    let length = left / (HOST_ENTRY + 8 + extra) * HOST_ENTRY;
+    (length >= HOST_ENTRY_MAX).then(|| length.min(BUFFER))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whatever_the_host_lists_in_a_buffer_fits_the_reply() {
+        for plus in [false, true] {
+            let extra = if plus { size_of::<abi::fuse_entry_out>() } else { 0 };
+            for left in (0..5000).chain([32 << 10, 1 << 20]) {
+                let Some(length) = fitting(left, plus) else { continue };
+                for name in 1..=255usize {
+                    let host = (19 + name + 1).next_multiple_of(8);
+                    assert!((HOST_ENTRY..=HOST_ENTRY_MAX).contains(&host));
+                    assert!(length / host * (extra + entry_length(name)) <= left, "{left} {name} {plus}");
+                }
+            }
+        }
     }
 }

@@ -63,14 +63,16 @@ impl Server {
         let mut low = abi::FUSE_ASYNC_READ
             | abi::FUSE_ATOMIC_O_TRUNC
             | abi::FUSE_BIG_WRITES
-            | abi::FUSE_DO_READDIRPLUS
-            | abi::FUSE_READDIRPLUS_AUTO
             | abi::FUSE_ASYNC_DIO
             | abi::FUSE_PARALLEL_DIROPS
             // The host's kernel does it, for a thread that cannot keep the bits (`prepare_thread`).
             | abi::FUSE_HANDLE_KILLPRIV_V2
             | abi::FUSE_MAX_PAGES
             | abi::FUSE_INIT_EXT;
+        if options.cache != Cache::Never {
+            // What may not be kept need not be told of before it is asked for.
+            low |= abi::FUSE_DO_READDIRPLUS | abi::FUSE_READDIRPLUS_AUTO;
+        }
         let mut high = 0;
         if options.shared_locks {
             low |= abi::FUSE_POSIX_LOCKS | abi::FUSE_FLOCK_LOCKS;

@@ -86,7 +86,7 @@ fn directories_are_read_in_pieces_of_any_size() {
     expected.extend([".".into(), "..".into()]);
     expected.sort();
     let mut client = host.client(Options::default());
-    for size in [400, 4096, 1 << 20] {
+    for size in [400, 1000, 4096, 1 << 20] {
         assert_eq!(client.list(ROOT, size, false), expected, "{size}");
         assert_eq!(client.list(ROOT, size, true), expected, "{size}, with attributes");
     }
@@ -222,6 +222,7 @@ fn the_cache_policy_is_what_the_guest_is_told() {
     let told = |cache| {
         let mut client = host.client(Options { cache, ..Options::default() });
         let flags = client.init().flags;
+        assert_eq!(flags & abi::FUSE_DO_READDIRPLUS != 0, cache != Cache::Never);
         let entry = client.lookup(ROOT, "file").unwrap();
         let reply = client.ask(fuse_opcode::FUSE_OPEN, entry.nodeid, [0u32, 0].as_bytes()).unwrap();
         assert_eq!(flags & abi::FUSE_WRITEBACK_CACHE, 0);

@@ -232,7 +232,7 @@ fn attributes_are_counted_as_long_as_they_are_there() {
     let quota = Quota { bytes: Some(64 << 10), inodes: None };
     let mut client = host.client(Options { quota, xattrs: true, ..Options::default() });
     let node = client.walk("file").unwrap();
-    let mut set = |client: &mut Client, length: usize, flags: u32| {
+    let set = |client: &mut Client, length: usize, flags: u32| {
         let body = [[length as u32, flags].as_bytes(), &text("user.a"), &vec![7; length]].concat();
         client.ask(fuse_opcode::FUSE_SETXATTR, node, &body).map(|_| client.metric("added_bytes"))
     };
