@@ -6,6 +6,7 @@ use fuse_abi::linux as abi;
 use rustix::fs::{Access, AtFlags, FileType, Mode, OFlags, StatVfs, Statx, Timespec, Timestamps};
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
+use zerocopy::FromZeros as _;
 
 use super::{Call, Done, EXECUTE, Outcome, SET_GID, SET_UID};
 use crate::export::Root;
@@ -23,12 +24,17 @@ const OMIT: i64 = 0x3fff_fffe;
 impl Server {
     pub(super) fn lookup(&mut self, mut call: Call<'_>) -> Outcome {
         let name = call.arguments.name()?;
-        let entry = if self.is_shown(call.header.nodeid) {
-            self.find_shown(name)?
+        let found = if self.is_shown(call.header.nodeid) {
+            self.find_shown(name)
         } else {
             let directory = self.directory(call.header.nodeid)?;
-            let (node, stat) = self.export.find(&directory, name)?;
-            self.tell(node, &stat)?
+            self.export.find(&directory, name).and_then(|(node, stat)| self.tell(node, &stat))
+        };
+        let valid = self.export.options.cache.valid();
+        let entry = match found {
+            // That there is nothing is kept as well: an entry without an inode.
+            Err(Errno::NOENT) if !valid.is_zero() => entry(0, abi::fuse_attr::new_zeroed(), valid),
+            found => found?,
         };
         put(call.reply, &entry);
         Ok(Done::Reply)

@@ -154,7 +154,9 @@ impl Client {
     }
 
     pub fn lookup(&mut self, parent: u64, name: &str) -> Result<abi::fuse_entry_out, i32> {
-        self.ask(fuse_opcode::FUSE_LOOKUP, parent, &text(name)).map(|reply| parse(&reply))
+        let entry: abi::fuse_entry_out = parse(&self.ask(fuse_opcode::FUSE_LOOKUP, parent, &text(name))?);
+        // As a guest's kernel takes it: that there is nothing, which it may keep.
+        if entry.nodeid == 0 { Err(Errno::NOENT.raw_os_error()) } else { Ok(entry) }
     }
 
     /// Looks a path up, component by component, as a guest's kernel does.

@@ -1,7 +1,7 @@
 //! What a guest does all day.
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
 
 use fuse::{Cache, Options, Ownership};
 use fuse_abi::linux::{self as abi, fuse_opcode};
@@ -23,7 +23,7 @@ fn a_file_is_found_opened_and_read() {
     assert_eq!(client.read(node, handle, 10, 3).unwrap(), b"");
     assert_eq!(client.metric("read_bytes"), 11);
     assert_eq!(client.lookup(ROOT, "missing").err(), Some(libc::ENOENT));
-    assert_eq!((client.metric("requests"), client.metric("errors")), (8, 1));
+    assert_eq!((client.metric("requests"), client.metric("errors")), (8, 0));
 }
 
 #[test]
@@ -232,6 +232,27 @@ fn the_cache_policy_is_what_the_guest_is_told() {
     assert_eq!(told(Cache::Never), (0, 0, abi::FOPEN_DIRECT_IO));
     assert_eq!(told(Cache::Auto), (1, 1, 0));
     assert_eq!(told(Cache::Always), (86_400, 86_400, abi::FOPEN_KEEP_CACHE));
+}
+
+#[test]
+fn that_there_is_nothing_is_kept_where_something_may_be() {
+    let host = Host::new();
+    symlink("loop", host.path("loop")).unwrap();
+    let missing = |cache| {
+        let mut client = host.client(Options { cache, ..Options::default() });
+        // What is refused is not what is missing.
+        assert_eq!(client.ask(fuse_opcode::FUSE_LOOKUP, ROOT, &text("..")), Err(libc::EINVAL));
+        assert_eq!(client.ask(fuse_opcode::FUSE_LOOKUP, ROOT, &text(&"x".repeat(256))), Err(libc::ENAMETOOLONG));
+        assert_eq!(client.ask(fuse_opcode::FUSE_LOOKUP, 12345, &text("x")), Err(libc::ESTALE));
+        client.lookup(ROOT, "loop").unwrap();
+        let reply = client.ask(fuse_opcode::FUSE_LOOKUP, ROOT, &text("missing"))?;
+        let entry: abi::fuse_entry_out = parse(&reply);
+        assert_eq!((entry.nodeid, entry.attr.mode, client.metric("inodes")), (0, 0, 1));
+        Ok(entry.entry_valid)
+    };
+    assert_eq!(missing(Cache::Never), Err(libc::ENOENT));
+    assert_eq!(missing(Cache::Auto), Ok(1));
+    assert_eq!(missing(Cache::Always), Ok(86_400));
 }
 
 #[test]
