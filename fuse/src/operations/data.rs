@@ -133,6 +133,8 @@ impl Server {
 
     pub(super) fn flush(&mut self, mut call: Call<'_>) -> Outcome {
         let request: abi::fuse_flush_in = call.arguments.take()?;
+        // Without locks there is nothing to do, and the guest does not ask again.
+        self.check_locks()?;
         // As on the host, a process loses its locks of a file when it closes any descriptor of it.
         self.locks.release(call.header.nodeid, request.lock_owner);
         Ok(Done::Reply)

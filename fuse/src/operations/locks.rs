@@ -28,7 +28,7 @@ impl Server {
         })
     }
 
-    fn check_locks(&self) -> Result<(), Errno> {
+    pub(super) fn check_locks(&self) -> Result<(), Errno> {
         if self.export.options.shared_locks { Ok(()) } else { Err(Errno::NOSYS) }
     }
 

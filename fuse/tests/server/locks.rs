@@ -281,6 +281,9 @@ fn locks_of_a_mount_of_its_own_are_the_guests_affair() {
     let mut guest = Guest::new(&host, Options { shared_locks: false, ..Options::default() });
     assert_eq!(guest.client.init().flags & (abi::FUSE_POSIX_LOCKS | abi::FUSE_FLOCK_LOCKS), 0);
     assert_eq!(guest.lock(1, WRITE, (0, 9)), Err(libc::ENOSYS));
+    // Nor is there anything to do when a file is closed, more than once.
+    let flush = abi::fuse_flush_in { fh: guest.handle, unused: 0, padding: 0, lock_owner: 1 };
+    assert_eq!(guest.client.ask(fuse_opcode::FUSE_FLUSH, guest.node, flush.as_bytes()), Err(libc::ENOSYS));
 }
 
 #[test]
