@@ -17,12 +17,14 @@ const SIZE_MAX: usize = 64 << 10;
 const NAME_MAX: usize = 255;
 
 impl Server {
-    /// An inode, opened for its attributes.
-    fn with_xattrs(&self, number: u64) -> Result<OwnedFd, Errno> {
+    /// An inode, opened for the attribute of a name or for all of them.
+    fn with_xattrs(&self, number: u64, name: Option<&CStr>) -> Result<OwnedFd, Errno> {
         if !self.export.options.xattrs {
             // The guest does not ask again.
             return Err(Errno::NOSYS);
         }
+        // A guest's kernel asks for capabilities and access control lists with each file.
+        name.map_or(Ok(()), check)?;
         if self.is_shown(number) {
             return Err(Errno::OPNOTSUPP);
         }
@@ -37,16 +39,18 @@ impl Server {
     pub(super) fn getxattr(&mut self, mut call: Call<'_>) -> Outcome {
         let request: abi::fuse_getxattr_in = call.arguments.take()?;
         let name = call.arguments.text()?;
-        let file = self.with_xattrs(call.header.nodeid)?;
-        check(name)?;
-        let mut value = vec![0; SIZE_MAX];
+        let file = self.with_xattrs(call.header.nodeid, Some(name))?;
+        if request.size == 0 {
+            return answer_length(call, rustix::fs::fgetxattr_query(&file, name)?);
+        }
+        let mut value = vec![0; SIZE_MAX.min(request.size as usize)];
         let length = rustix::fs::fgetxattr(&file, name, &mut value[..])?;
         answer(call, request.size, &value[..length])
     }
 
     pub(super) fn listxattr(&mut self, mut call: Call<'_>) -> Outcome {
         let request: abi::fuse_getxattr_in = call.arguments.take()?;
-        let file = self.with_xattrs(call.header.nodeid)?;
+        let file = self.with_xattrs(call.header.nodeid, None)?;
         let mut names = vec![0; SIZE_MAX];
         let length = rustix::fs::flistxattr(&file, &mut names[..])?;
         let shown = names[..length].split_inclusive(|byte| *byte == 0).filter(|name| name.starts_with(b"user."));
@@ -57,8 +61,7 @@ impl Server {
         // Without FUSE_SETXATTR_EXT it has the first two fields only.
         let [size, flags]: [u32; 2] = call.arguments.take()?;
         let name = call.arguments.text()?;
-        let file = self.with_xattrs(call.header.nodeid)?;
-        check(name)?;
+        let file = self.with_xattrs(call.header.nodeid, Some(name))?;
         let length = usize::try_from(size).ok().filter(|size| *size <= SIZE_MAX).ok_or(Errno::TOOBIG)?;
         let value = call.arguments.bytes(length)?;
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
@@ -75,8 +78,7 @@ impl Server {
 
     pub(super) fn removexattr(&mut self, mut call: Call<'_>) -> Outcome {
         let name = call.arguments.text()?;
-        let file = self.with_xattrs(call.header.nodeid)?;
-        check(name)?;
+        let file = self.with_xattrs(call.header.nodeid, Some(name))?;
         let account = self.export.account.clone();
         let before = if account.is_some() { counted(&file, name)? } else { 0 };
         rustix::fs::fremovexattr(&file, name)?;
@@ -103,11 +105,16 @@ fn check(name: &CStr) -> Result<(), Errno> {
 
 /// Answers with a value, or with its length when the guest has no room yet.
 fn answer(call: Call<'_>, room: u32, value: &[u8]) -> Outcome {
-    let length = u32::try_from(value.len()).map_err(|_| Errno::RANGE)?;
-    match room {
-        0 => put(call.reply, &abi::fuse_getxattr_out { size: length, padding: 0 }),
-        room if room < length => return Err(Errno::RANGE),
+    match room as usize {
+        0 => return answer_length(call, value.len()),
+        room if room < value.len() => return Err(Errno::RANGE),
         _ => call.reply.extend_from_slice(value),
     }
+    Ok(Done::Reply)
+}
+
+fn answer_length(call: Call<'_>, length: usize) -> Outcome {
+    let size = u32::try_from(length).map_err(|_| Errno::RANGE)?;
+    put(call.reply, &abi::fuse_getxattr_out { size, padding: 0 });
     Ok(Done::Reply)
 }
