@@ -80,7 +80,8 @@ impl Server {
         match options.cache {
             // Files can be mapped all the same.
             Cache::Never => high |= abi::FUSE_DIRECT_IO_ALLOW_MMAP,
-            Cache::Auto => low |= abi::FUSE_AUTO_INVAL_DATA,
+            // A link leads where it leads as long as it is the same inode.
+            Cache::Auto => low |= abi::FUSE_AUTO_INVAL_DATA | abi::FUSE_CACHE_SYMLINKS,
             Cache::Always => low |= abi::FUSE_CACHE_SYMLINKS,
         }
         u64::from(low) | high
