@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fd::{AsFd, OwnedFd};
-use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, Statx};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Statx, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 use rustix::path::DecInt;
 use thiserror::Error;
@@ -222,6 +222,27 @@ impl Export {
         let fd = rustix::fs::openat2(directory, name.get(), flags, Mode::empty(), RESOLVE)?;
         let stat = stat(&fd)?;
         Ok((Node::new(fd, &stat), stat))
+    }
+
+    /// Looks at an entry of a directory without holding it: at a symbolic link, not at where it leads. Nothing where something is
+    /// mounted, or would be, or where the system does not tell.
+    ///
+    /// What was looked at may be another inode by the time that the name is resolved again. It is of use only where it is known
+    /// already, and then it is in the export as surely as the directory is.
+    ///
+    /// # Errors
+    /// `ENOENT` when there is nothing of that name.
+    pub fn look(&self, directory: &Node, name: Name<'_>) -> Result<Option<Statx>, Errno> {
+        // One component, so that nothing but a mount leads out of the directory.
+        let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+        let stat = match rustix::fs::statx(directory, name.get(), flags, StatxFlags::BASIC_STATS) {
+            Err(Errno::NOENT) => return Err(Errno::NOENT),
+            stat => stat.ok(),
+        };
+        let mounts = StatxAttributes::MOUNT_ROOT | StatxAttributes::AUTOMOUNT;
+        Ok(stat.filter(|stat| {
+            stat.stx_attributes_mask.contains(StatxAttributes::MOUNT_ROOT) && !stat.stx_attributes.intersects(mounts)
+        }))
     }
 
     /// Creates a file that was not there, and opens it.

@@ -199,6 +199,11 @@ impl Nodes {
         if self.held.lock().len() < self.max { Ok(()) } else { Err(Errno::NFILE) }
     }
 
+    /// The node that stands for an inode, if anything of the guest's holds that.
+    pub fn find(&self, key: Key) -> Option<Arc<Node>> {
+        self.held.lock().get(&key)?.node.upgrade()
+    }
+
     /// The node that stands for an inode: this one, if nothing of the guest's holds the inode yet.
     ///
     /// # Errors

@@ -10,7 +10,7 @@ use zerocopy::FromZeros as _;
 
 use super::{Call, Done, EXECUTE, Outcome, SET_GID, SET_UID};
 use crate::export::Root;
-use crate::node::{Node, stat};
+use crate::node::{Key, Node, stat};
 use crate::server::Server;
 use crate::wire::{NAME_MAX, Name, entry, put};
 
@@ -28,7 +28,7 @@ impl Server {
             self.find_shown(name)
         } else {
             let directory = self.directory(call.header.nodeid)?;
-            self.export.find(&directory, name).and_then(|(node, stat)| self.tell(node, &stat))
+            self.find_and_tell(&directory, name)
         };
         let valid = self.export.options.cache.valid();
         let entry = match found {
@@ -49,6 +49,18 @@ impl Server {
         let stat = stat(file)?;
         let number = self.nodes.remember(Arc::clone(file))?;
         Ok(entry(number, self.attributes(&stat), self.export.options.cache.valid()))
+    }
+
+    /// Finds an entry of a directory, and notes that the guest is told of it. What is held already is only looked at.
+    pub(super) fn find_and_tell(&mut self, directory: &Node, name: Name<'_>) -> Result<abi::fuse_entry_out, Errno> {
+        if let Some(stat) = self.export.look(directory, name)?
+            && let Some(node) = self.nodes.find(Key::of(&stat))
+        {
+            let number = self.nodes.remember(node)?;
+            return Ok(entry(number, self.attributes(&stat), self.export.options.cache.valid()));
+        }
+        let (node, stat) = self.export.find(directory, name)?;
+        self.tell(node, &stat)
     }
 
     /// Notes that the guest is told of an inode, and what it is told.

@@ -12,7 +12,7 @@ use zerocopy::FromZeros as _;
 use super::{Call, Done, Outcome};
 use crate::export::{Cache, Root};
 use crate::handle::Directory;
-use crate::node::Node;
+use crate::node::{Key, Node};
 use crate::server::Server;
 use crate::wire::{ENTRIES_MAX, Name, REPLY_HEADER, entry_length, put, put_entry};
 
@@ -113,7 +113,13 @@ impl Server {
         let component = Name::new(name);
         let mut file_type = entry.file_type();
         if plus {
+            // The number that the directory has of it is a hint only.
+            let key = Key { ino: entry.ino(), ..directory.key() };
+            let is_held = self.nodes.find(key).is_some();
             let found = component.and_then(|name| {
+                if is_held {
+                    return self.find_and_tell(directory, name);
+                }
                 let (node, stat) = self.export.find(directory, name)?;
                 self.tell(node, &stat)
             });

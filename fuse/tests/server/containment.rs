@@ -199,9 +199,11 @@ fn a_name_that_something_is_mounted_on_stays() {
         fs::create_dir(host.path(folder)).unwrap();
     }
     fs::write(host.path("covered"), "").unwrap();
+    fs::hard_link(host.folder.path().join("secret"), host.path("shown")).unwrap();
     let Some(tree) = tree_with_mounts(&host) else { return };
     let export = Export::new(Source::Directory(tree), Options::default(), fuse::descriptors().unwrap()).unwrap();
     let mut client = Client::new(export);
+    client.walk("shown").unwrap();
     let rename = |from: &str, to: &str| [ROOT.as_bytes(), &text(from), &text(to)].concat();
     let exchange = |from: &str, to: &str| [ROOT.as_bytes(), [2u32, 0].as_bytes(), &text(from), &text(to)].concat();
     for (opcode, body) in [
@@ -214,6 +216,7 @@ fn a_name_that_something_is_mounted_on_stays() {
     ] {
         assert_eq!(client.ask(opcode, ROOT, &body), Err(libc::EBUSY), "{}", opcode as u32);
     }
+    // Nor is it found although the inode is held that is mounted there.
     for name in ["mounted", "covered"] {
         assert_eq!(client.lookup(ROOT, name).err(), Some(libc::EXDEV), "{name}");
     }

@@ -237,6 +237,33 @@ fn the_cache_policy_is_what_the_guest_is_told() {
 }
 
 #[test]
+fn what_is_known_is_found_as_what_it_is_now() {
+    let host = Host::new();
+    fs::write(host.path("file"), "old").unwrap();
+    fs::write(host.path("other"), "other").unwrap();
+    symlink("file", host.path("link")).unwrap();
+    let mut client = host.client(Options::default());
+    let [file, link] = ["file", "link"].map(|name| client.lookup(ROOT, name).unwrap().nodeid);
+    assert_ne!(file, link);
+    fs::write(host.path("file"), "changed").unwrap();
+    let again = client.lookup(ROOT, "file").unwrap();
+    assert_eq!((again.nodeid, again.attr.size), (file, 7));
+    // A link is found, not what it leads to.
+    assert_eq!(client.lookup(ROOT, "link").unwrap().nodeid, link);
+    // Another name of the same inode, and another inode of the same name.
+    fs::hard_link(host.path("file"), host.path("second")).unwrap();
+    assert_eq!(client.lookup(ROOT, "second").unwrap().nodeid, file);
+    fs::rename(host.path("other"), host.path("file")).unwrap();
+    let other = client.lookup(ROOT, "file").unwrap();
+    assert!(other.nodeid != file && other.attr.size == 5);
+    // Each answer counts.
+    client.forget(file, 2);
+    client.open(file, libc::O_RDONLY).unwrap();
+    client.forget(file, 1);
+    assert_eq!(client.open(file, libc::O_RDONLY), Err(libc::ESTALE));
+}
+
+#[test]
 fn that_there_is_nothing_is_kept_where_something_may_be() {
     let host = Host::new();
     symlink("loop", host.path("loop")).unwrap();
