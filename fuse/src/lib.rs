@@ -67,6 +67,7 @@ pub fn prepare_thread(ownership: Ownership, owner: Option<(u32, u32)>) -> Result
     // Those to keep set-user-ID bits through writes and to make device nodes are never among them. Not only not effective: they
     // would come back with the file system ids.
     let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
+    owner::changed();
     rustix::thread::set_capabilities(None, sets)
 }
 

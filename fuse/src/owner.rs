@@ -1,5 +1,7 @@
 //! Whose files they are.
 
+use std::cell::Cell;
+
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use rustix::io::Errno;
 use rustix::thread::{CapabilitySet, CapabilitySets};
@@ -22,6 +24,36 @@ pub(crate) fn become_owner((uid, gid): (u32, u32)) -> Result<(), Errno> {
     setfsuid(uid);
     // They say what was, not whether they succeeded.
     if setfsgid(gid) != gid || setfsuid(uid) != uid { Err(Errno::PERM) } else { Ok(()) }
+}
+
+/// What a thread is when it acts for nobody else.
+#[derive(Debug, Clone, Copy)]
+struct Own {
+    user: (Uid, Gid),
+    sets: CapabilitySets,
+}
+
+thread_local! {
+    /// Asked for once: a thread that serves stays what it is.
+    static OWN: Cell<Option<Own>> = const { Cell::new(None) };
+}
+
+impl Own {
+    /// The calling thread, which acts for nobody else.
+    fn get() -> Result<Self, Errno> {
+        if let Some(own) = OWN.get() {
+            return Ok(own);
+        }
+        let user = (Uid::effective(), Gid::effective());
+        let own = Self { user, sets: rustix::thread::capabilities(None)? };
+        OWN.set(Some(own));
+        Ok(own)
+    }
+}
+
+/// Has the calling thread ask again what it is, since that has changed.
+pub(crate) fn changed() {
+    OWN.set(None);
 }
 
 /// How owners on the host and in the guest go together.
@@ -52,29 +84,42 @@ impl Ownership {
     /// # Errors
     /// `EPERM` when the server may not do that.
     pub fn act_as(self, uid: u32, gid: u32) -> Result<Acting, Errno> {
-        let own = (Uid::effective(), Gid::effective());
-        let wanted = (Uid::from_raw(uid), Gid::from_raw(gid));
-        if self != Self::Mapped || own == wanted {
+        if self != Self::Mapped {
             return Ok(Acting(None));
         }
-        let mut sets = rustix::thread::capabilities(None)?;
-        let acting = Acting(Some((own, sets)));
+        let own = Own::get()?;
+        if own.user == (Uid::from_raw(uid), Gid::from_raw(gid)) {
+            return Ok(Acting(None));
+        }
+        let acting = Acting(Some(own));
         become_owner((uid, gid))?;
+        let mut sets = own.sets;
         // The guest has decided by all of the user's groups, which it does not tell.
         sets.effective |= sets.permitted & (CapabilitySet::DAC_OVERRIDE | CapabilitySet::DAC_READ_SEARCH);
         rustix::thread::set_capabilities(None, sets)?;
         Ok(acting)
+    }
+
+    /// As [`Ownership::act_as`], of another group only.
+    ///
+    /// # Errors
+    /// `EPERM` when the server may not do that.
+    pub fn act_in(self, gid: u32) -> Result<Acting, Errno> {
+        if self != Self::Mapped {
+            return Ok(Acting(None));
+        }
+        self.act_as(Own::get()?.user.0.as_raw(), gid)
     }
 }
 
 /// The thread acts for another user.
 #[derive(Debug)]
 #[must_use = "it ends when this is dropped"]
-pub struct Acting(Option<((Uid, Gid), CapabilitySets)>);
+pub struct Acting(Option<Own>);
 
 impl Drop for Acting {
     fn drop(&mut self) {
-        if let Some(((uid, gid), sets)) = self.0 {
+        if let Some(Own { user: (uid, gid), sets }) = self.0 {
             setfsuid(uid);
             setfsgid(gid);
             // Whoever stops being root loses what root has of files from the effective ones (capabilities(7)). Each of them is

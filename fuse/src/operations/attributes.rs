@@ -147,8 +147,7 @@ impl Server {
         let mode = self.permissions(mode, node.file_type());
         // Only who is of a directory's group keeps its set-group-ID bit, or who has a capability that this thread has not.
         let acting = if mode.contains(Mode::SGID) {
-            let own = rustix::process::geteuid().as_raw();
-            Some(self.export.options.ownership.act_as(own, stat(node)?.stx_gid)?)
+            Some(self.export.options.ownership.act_in(stat(node)?.stx_gid)?)
         } else {
             None
         };
