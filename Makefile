@@ -6,7 +6,7 @@ test:  ; @cargo xtask test
 demo:  ; @cargo xtask demo
 # Format, lints, structure: what needs no guest and runs no test.
 check: ; @cargo xtask check
-# Licences and sources of dependencies; needs `cargo install cargo-deny`.
+# Licences and sources of dependencies.
 deny:  ; @cargo xtask deny
 # Known holes of dependencies: fetches the RustSec advisory database, or takes the clone in $COFFERDAM_ADVISORIES.
 advisories: ; @cargo xtask advisories

@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io;
+use std::io::Write as _;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -268,6 +269,8 @@ impl Machine {
         for device in self.devices_in(Loop::Shared).chain(self.devices_in(Loop::Disk)) {
             lock(device).flush();
         }
+        // Last: what it was given may end within a line. Fails when nobody watches any more.
+        let _ = self.console.clone().flush();
     }
 }
 

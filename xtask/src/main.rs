@@ -4,6 +4,7 @@
 
 mod bench;
 mod build;
+mod cargo_deny;
 mod command;
 mod cpio;
 mod debian;

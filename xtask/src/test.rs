@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use crate::build::cargo;
 use crate::command::run;
 use crate::e2e::{self, e2e};
-use crate::{build, debian, paths, tidy};
+use crate::{build, cargo_deny, debian, tidy};
 
 /// The database of advisories, as cargo-deny names it.
 const ADVISORIES: &str = "https://github.com/RustSec/advisory-db";
@@ -35,27 +35,20 @@ pub fn check() -> Result<()> {
         run(cargo().args(what).args(["--", "--deny", "warnings"]))
     })?;
     step("structure", tidy::tidy)?;
-    if paths::find_program("cargo-deny").is_some() || cargo_tool("deny") {
-        step("dependencies", deny)?;
-    } else {
-        eprintln!(
-            "test: cargo-deny is not installed: `make deny` (after `cargo install cargo-deny`) checks dependencies"
-        );
-    }
-    Ok(())
+    step("dependencies", deny)
 }
 
 /// Licences, sources and duplicates of what we depend on, by `deny.toml`.
 pub fn deny() -> Result<()> {
-    run(cargo().args(["deny", "--workspace", "check", "bans", "licenses", "sources"]))
-        .context("the dependencies break a rule of deny.toml, or cargo-deny is missing (`cargo install cargo-deny`)")
+    run(cargo_deny::command()?.args(["bans", "licenses", "sources"]))
+        .context("the dependencies break a rule of deny.toml")
 }
 
 /// Whether an advisory of the RustSec database applies to what we depend on. Not a part of [`check`]: the answer is another one
 /// when the database is, and it is fetched. `$COFFERDAM_ADVISORIES` is a clone of it to be fetched from instead.
 pub fn advisories() -> Result<()> {
-    let mut deny = cargo();
-    deny.args(["deny", "--workspace", "check", "advisories"]);
+    let mut deny = cargo_deny::command()?;
+    deny.arg("advisories");
     if let Some(clone) = std::env::var_os("COFFERDAM_ADVISORIES") {
         let clone = std::fs::canonicalize(&clone).with_context(|| format!("cannot find {}", clone.display()))?;
         // git takes the one address for the other (`url.<base>.insteadOf` of git-config(1)).
@@ -64,8 +57,8 @@ pub fn advisories() -> Result<()> {
             .env("GIT_CONFIG_VALUE_0", ADVISORIES);
     }
     run(&mut deny).context(
-        "an advisory applies to a dependency, its database cannot be fetched (a clone can be named with \
-         COFFERDAM_ADVISORIES), or cargo-deny is missing (`cargo install cargo-deny`)",
+        "an advisory applies to a dependency, or its database cannot be fetched (a clone can be named with \
+         COFFERDAM_ADVISORIES)",
     )
 }
 
