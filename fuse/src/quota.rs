@@ -1,9 +1,9 @@
 //! How much a VM may add to an export.
 //!
 //! What counts is what a file takes on the disk, up to its end, and what a directory does besides its first block. They are asked
-//! for before and after whatever can allocate: for directories, that is whatever makes, moves or removes a name. A file's space is credited when its last name was removed by the guest and nothing of the guest holds it any more: one that
-//! is removed and still open takes its space as before. Never is more credited than was added, so that removing what was there
-//! before gives no room.
+//! for before and after whatever can allocate: for directories, that is whatever makes, moves or removes a name. A file's space is
+//! credited when its last name was removed by the guest and nothing of the guest holds it any more: one that is removed and still
+//! open takes its space as before. Never is more credited than was added, so that removing what was there before gives no room.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
