@@ -10,7 +10,7 @@ use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixStream};
 use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags, openat};
 
@@ -48,6 +48,7 @@ pub fn attempt(folder: &OwnedFd, name: &str, more: &[&str]) -> io::Result<String
         ("memory", [mib]) => memory(number(mib)?, 0),
         ("reserve", [mib]) => memory(number(mib)?, libc::MAP_NORESERVE),
         ("fill", [mib]) => fill(folder, number(mib)?),
+        ("burn", [ms]) => burn(Duration::from_millis(number(ms)?)),
         ("threads", [most]) => threads(number(most)?),
         ("files", [most]) => files(number(most)?),
         ("wait", []) => {
@@ -290,6 +291,16 @@ fn memory(mib: usize, flags: libc::c_int) -> io::Result<String> {
         unsafe { start.cast::<u8>().add(page).write_volatile(1) };
     }
     Ok(format!("it has {mib} MiB"))
+}
+
+/// Uses all the CPU time that it can get for a while; tells how many milliseconds of it that was.
+fn burn(time: Duration) -> io::Result<String> {
+    let began = Instant::now();
+    while began.elapsed() < time {
+        std::hint::spin_loop();
+    }
+    let used = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    Ok((used.tv_sec * 1000 + used.tv_nsec / 1_000_000).to_string())
 }
 
 fn threads(most: usize) -> io::Result<String> {

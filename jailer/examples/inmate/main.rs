@@ -42,7 +42,8 @@ fn main() -> ExitCode {
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// Has an inmate born and waits for its end, as a front end does. `$INMATE_GROUP` names a cgroup for it, in which
-/// `$INMATE_THREADS` are allowed and little of `$INMATE_DISK`, and `$INMATE_NETWORK` a network namespace.
+/// `$INMATE_THREADS` are allowed, `$INMATE_CPU` microseconds of each tenth of a second, and little of `$INMATE_DISK`; and
+/// `$INMATE_NETWORK` names a network namespace.
 fn start(words: &[String]) -> Result<ExitCode> {
     let program = std::env::current_exe()?;
     let arguments: Vec<&OsStr> = words.iter().map(OsStr::new).collect();
@@ -55,7 +56,9 @@ fn start(words: &[String]) -> Result<ExitCode> {
         let disk = std::env::var("INMATE_DISK").ok();
         let io =
             disk.map(|device| IoBound { device, read_bps: Some(1 << 20), write_iops: Some(7), ..IoBound::default() });
-        let bounds = Bounds { threads, io: io.into_iter().collect(), ..Bounds::new(VCPUS, MEMORY_MIB) };
+        let usual = Bounds::new(VCPUS, MEMORY_MIB);
+        let cpu = std::env::var("INMATE_CPU").ok().map(|cpu| cpu.parse()).transpose()?;
+        let bounds = Bounds { threads, io: io.into_iter().collect(), cpu_us: cpu.or(usual.cpu_us), ..usual };
         group = plan.make(&bounds)?;
     }
     let network = std::env::var_os("INMATE_NETWORK");

@@ -131,6 +131,19 @@ fn memory_ends_at_the_limit_of_the_cgroup_where_there_is_one() {
 }
 
 #[test]
+fn cpu_time_ends_at_the_limit_of_the_cgroup() {
+    let host = Host::new(Caller::Root);
+    let mut command = host.command("none", &["burn", "2000"]);
+    // A fifth of a CPU.
+    command.env("INMATE_GROUP", format!("breakout-{}-burn", std::process::id())).env("INMATE_CPU", "20000");
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    let used: u64 = said.trim().parse().unwrap_or_else(|_| panic!("{said}"));
+    // What is begun at the end of a tenth of a second is paid for in the next.
+    assert!((1..700).contains(&used), "{used} ms of 2,000");
+}
+
+#[test]
 fn threads_end_at_the_limit_of_the_cgroup_where_there_is_one() {
     for caller in CALLERS {
         // Fewer than the resource limits allow.

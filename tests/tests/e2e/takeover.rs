@@ -3,13 +3,14 @@
 
 use std::ffi::CStr;
 use std::fs;
+use std::path::PathBuf;
 
 use nix::libc::{self, c_long, user_regs_struct};
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
-use serde_json::json;
+use serde_json::{Value, json};
 use tests::sandbox::{Detached, Sandbox};
 use tests::until;
 
@@ -70,6 +71,12 @@ impl Hijacked {
         }
     }
 
+    /// Lets it go on where it was.
+    fn let_go(self) {
+        ptrace::setregs(self.thread, self.registers).unwrap();
+        ptrace::detach(self.thread, None).unwrap();
+    }
+
     /// Puts a text where its stack will be, and gives the address.
     fn put(&self, text: &CStr) -> u64 {
         let address = (self.registers.rsp - BELOW_STACK) & !7;
@@ -87,7 +94,7 @@ fn wait(thread: Pid) -> WaitStatus {
 }
 
 /// A VM whose monitor has every kind of thread.
-fn all_kinds(sandbox: &Sandbox) -> serde_json::Value {
+fn all_kinds(sandbox: &Sandbox) -> Value {
     let (disk, folder) = (sandbox.files().join("disk"), sandbox.files().join("folder"));
     fs::File::create(&disk).unwrap().set_len(1 << 20).unwrap();
     fs::create_dir(&folder).unwrap();
@@ -137,4 +144,28 @@ fn a_monitor_that_is_taken_over_opens_nothing_of_the_hosts() {
             assert_eq!(opened, Ok(-i64::from(libc::ENOENT)), "{kind}: {path}");
         }
     }
+}
+
+#[test]
+fn a_monitor_that_lets_go_of_its_lock_is_shown_and_ended() {
+    let sandbox = Sandbox::new();
+    let victim = sandbox.detached("victim", &["-m", "64m"], "busybox", &["sleep", "1000"]);
+    let jail: Value = serde_json::from_str(&victim.inspect("jail")).unwrap();
+    let monitor = PathBuf::from(format!("/proc/{}", jail["pid"]));
+    let groups = jail["cgroups"].as_array().unwrap().iter().filter(|group| group["own"] == true);
+    let groups: Vec<_> = groups.map(|group| PathBuf::from(group["path"].as_str().unwrap())).collect();
+    assert!(!groups.is_empty() && monitor.exists());
+    let lock = fs::read_dir(monitor.join("fd")).unwrap().flatten().find_map(|entry| {
+        let file = fs::read_link(entry.path()).ok()?;
+        file.ends_with("lock").then(|| entry.file_name().to_str()?.parse().ok()).flatten()
+    });
+    let thread = Hijacked::new(&victim, "cofferdam-vmm");
+    assert_eq!(thread.call(libc::SYS_close, [lock.expect("it holds its lock"), 0, 0]), Ok(0));
+    thread.let_go();
+    let listed = sandbox.cofferdam(["ps"]).end();
+    assert!(listed.succeeded().contains("victim"), "{listed:?}");
+    assert_eq!(victim.verb("kill", &["-s", "KILL"], &[]).end().code(), 0);
+    until("the end of the monitor", || (!monitor.exists()).then_some(()));
+    drop(victim);
+    assert!(groups.iter().all(|group| !group.exists()), "{groups:?}");
 }
