@@ -62,6 +62,9 @@ pub struct Server {
     /// Whether the guest has begun a session.
     pub(crate) session: bool,
     pub(crate) nodes: Nodes,
+    /// Whether the name that was found last was of something that is held. Names come in runs: of what the guest sees for the
+    /// first time, and of what it looks at once more.
+    pub(crate) expects_held: bool,
     pub(crate) handles: Handles,
     pub(crate) locks: Locks,
     pub(crate) counters: Counters,
@@ -82,6 +85,7 @@ impl Server {
         let limits = export.options.limits;
         Ok(Self {
             nodes: Nodes::new(limits.inodes, export.account.clone()),
+            expects_held: false,
             handles: Handles::new(limits.handles),
             locks: Locks::new(limits.lock_owners, limits.lock_waiters)?,
             export,

@@ -118,7 +118,7 @@ impl Server {
             let is_held = self.nodes.find(key).is_some();
             let found = component.and_then(|name| {
                 if is_held {
-                    return self.find_and_tell(directory, name);
+                    return self.find_and_tell(directory, name, true);
                 }
                 let (node, stat) = self.export.find(directory, name)?;
                 self.tell(node, &stat)
