@@ -147,15 +147,16 @@ fn end_within(folder: &Path, patience: Duration) -> io::Result<Outcome> {
         // Held by nobody who can be seen: by another command, whose monitor is to end as well, or by a monitor that hides. Its
         // group it cannot leave.
         let mut trouble = None;
-        for holder in if found { Vec::new() } else { hidden(&lock) } {
-            if !holder.kill(left().min(STEP)) {
-                undying = Some(holder.pid);
+        if !found {
+            for holder in hidden(&lock) {
+                if !holder.kill(left().min(STEP)) {
+                    undying = Some(holder.pid);
+                }
             }
-        }
-        if !found && let Err(error) = cgroup::clear(&cgroups(folder), left().min(STEP)) {
-            match error {
-                JailError::Undying { pid, .. } => undying = Pid::from_raw(pid),
-                error => trouble = Some(error),
+            match cgroup::clear(&cgroups(folder), left().min(STEP)) {
+                Ok(()) => {}
+                Err(JailError::Undying { pid, .. }) => undying = Pid::from_raw(pid),
+                Err(error) => trouble = Some(error),
             }
         }
         if left().is_zero() {
