@@ -19,17 +19,6 @@ fn call(result: libc::c_long) -> io::Result<libc::c_long> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
-/// Ends the process, which has one thread, by a call that the filter of its kind allows: the event loop's ends the whole
-/// process, the others' end their thread.
-pub fn end(filter: &str, code: i32) -> ! {
-    if matches!(filter, "vcpu" | "api") {
-        // SAFETY: exit takes an integer only. Nothing is left to be dropped.
-        unsafe { libc::syscall(libc::SYS_exit, code) };
-    }
-    // Not by returning from main, which does more than a filter allows.
-    std::process::exit(code)
-}
-
 /// Tries; tells what came of it.
 pub fn attempt(folder: &OwnedFd, name: &str, more: &[&str]) -> io::Result<String> {
     match (name, more) {

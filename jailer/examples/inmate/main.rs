@@ -10,6 +10,8 @@ use std::io;
 use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::mpsc;
+use std::thread;
 
 use jailer::cgroup::{Bounds, Group, IoBound, Plan};
 use jailer::{Birth, Jail, Limits, Place, Thread, Tree};
@@ -33,10 +35,13 @@ fn main() -> ExitCode {
         [jailer::birth::BORN, folder, filter, attempt, ref more @ ..] => inmate(folder, filter, attempt, more),
         _ => Err("usage: inmate start FOLDER FILTER ATTEMPT ARGUMENT…".into()),
     };
-    result.unwrap_or_else(|error| {
-        eprintln!("inmate: {error}");
-        ExitCode::from(99)
-    })
+    result.unwrap_or_else(|error| fail(&*error))
+}
+
+/// Ends with what is wrong with the inmate, or with how it was called.
+fn fail(error: &dyn std::error::Error) -> ! {
+    eprintln!("inmate: {error}");
+    std::process::exit(99)
 }
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -99,27 +104,42 @@ fn inmate(folder: &str, filter: &str, attempt: &str, more: &[&str]) -> Result<Ex
             "serve" => served::serve(entered, &how),
             _ => served::break_out(entered, &how, &held),
         };
-        return end("fs", result.map_err(|error| io::Error::other(error.to_string())));
+        return end(result.map_err(|error| io::Error::other(error.to_string())));
     }
     let folder = entered.folder.take().ok_or("there is no folder")?;
-    match filter {
-        "none" | "tied" => {}
-        "event_loop" => jailer::thread(Thread::EventLoop)?,
-        "vcpu" => jailer::thread(Thread::Vcpu)?,
-        "api" => jailer::thread(Thread::Api)?,
-        "disk" => jailer::thread(Thread::Disk)?,
-        "fs" => jailer::thread(Thread::Fs)?,
+    let kind = match filter {
+        "none" | "tied" => return end(attempts::attempt(&folder, attempt, more)),
+        "event_loop" => Thread::EventLoop,
+        "vcpu" => Thread::Vcpu,
+        "api" => Thread::Api,
+        "disk" => Thread::Disk,
+        "fs" => Thread::Fs,
         _ => return Err("the filter is none, tied, event_loop, vcpu, api, disk, fs or serving".into()),
-    }
-    end(filter, attempts::attempt(&folder, attempt, more))
+    };
+    // Not every filter lets its thread end, or the process: another one does that when it has heard.
+    let (sender, told) = mpsc::channel();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            if let Err(error) = jailer::thread(kind) {
+                fail(&error);
+            }
+            // Whoever hears it ends the process.
+            let _ = sender.send(attempts::attempt(&folder, attempt, more));
+            loop {
+                thread::park();
+            }
+        });
+        end(told.recv()?)
+    })
 }
 
-/// Tells what came of it, in one call that every filter allows.
-fn end(filter: &str, result: io::Result<String>) -> Result<ExitCode> {
+/// Tells what came of it, and ends the process.
+fn end(result: io::Result<String>) -> Result<ExitCode> {
     let (code, told) = match result {
         Ok(told) => (0, told),
         Err(error) => (REFUSED.into(), error.to_string()),
     };
     rustix::io::write(io::stderr(), format!("{told}\n").as_bytes())?;
-    attempts::end(filter, code)
+    // Not by returning from main, which does more than a filter allows.
+    std::process::exit(code)
 }
