@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, Mode, OFlags, Stat, open, openat, renameat, statat, unlinkat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, fstat, open, openat, renameat, unlinkat};
 
 /// Its name in a state directory.
 pub const NAME: &str = "monitor";
@@ -81,18 +81,14 @@ impl Folder {
         Ok(unlinkat(&self.descriptor, name, AtFlags::empty())?)
     }
 
-    /// Looks at what has this name; a link is not followed.
-    ///
-    /// # Errors
-    /// What the system says.
-    pub(crate) fn look(&self, name: &str) -> io::Result<Stat> {
-        Ok(statat(&self.descriptor, name, AtFlags::SYMLINK_NOFOLLOW)?)
-    }
-
     fn file(&self, name: &str, flags: OFlags) -> io::Result<File> {
         let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = File::from(openat(&self.descriptor, name, flags, Mode::RUSR | Mode::WUSR)?);
-        if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other(format!("{name} is no regular file"))) }
+        if FileType::from_raw_mode(fstat(&file)?.st_mode).is_file() {
+            Ok(file)
+        } else {
+            Err(io::Error::other(format!("{name} is no regular file")))
+        }
     }
 }
 

@@ -48,7 +48,7 @@ impl LogWriter {
 
     fn with_limit(folder: &Folder, file_max: u64) -> io::Result<Self> {
         let file = folder.append(CURRENT)?;
-        let size = file.metadata()?.len();
+        let size = u64::try_from(fstat(&file)?.st_size).unwrap_or(0);
         // Whether what was there before ends as it should does not matter: an empty line is none of ours.
         let (folder, torn) = (folder.clone(), size > 0);
         Ok(Self { folder, file, size, file_max, entries: Vec::new(), torn, lost: 0 })
@@ -309,8 +309,8 @@ impl LogReader {
     fn was_rotated(&self) -> io::Result<bool> {
         let Some(file) = &self.file else { return Ok(false) };
         let ours = identity(file.get_ref())?;
-        match self.folder.look(CURRENT) {
-            Ok(current) => Ok((current.st_dev, current.st_ino) != ours),
+        match self.folder.read(CURRENT) {
+            Ok(current) => Ok(identity(&current)? != ours),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(error) => Err(error),
         }

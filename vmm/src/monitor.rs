@@ -16,7 +16,7 @@ use std::{io, thread};
 use api::config::{FilesystemConfig, LaunchConfig, VmConfig};
 use api::folder::Folder;
 use api::model::{Balloon, Device, VmBoot};
-use api::server::{self, DeviceFigures, Outcome, Plugged, Setup};
+use api::server::{self, DeviceFigures, Outcome, Plugged, Server, Setup};
 use api::session::{chain, now};
 use devices::device::Loop;
 use devices::vsock::ports::HostPorts;
@@ -238,13 +238,18 @@ fn serve(
     let folder = setup.folder.clone();
     let serve = move || {
         settle_allocator();
+        let server = Server::new(setup);
         confinement.enter(jailer::Thread::Api);
-        let outcome = server::run(setup, explain);
+        let outcome = server.and_then(|server| server.run(explain));
         if let (Err(error), Some(folder)) = (&outcome, folder) {
             // Here and not where it is told: the other threads can open nothing any more.
             record_failure(&folder, &format!("cannot serve the API: {}", chain(error)));
         }
         ender.end(End::Api(outcome));
+        // The process ends without this thread's doing so, which would take system calls that nothing else of it does.
+        loop {
+            thread::park();
+        }
     };
     thread.spawn(serve).map(drop).map_err(system("start the API's thread"))
 }

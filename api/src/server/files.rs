@@ -49,10 +49,7 @@ pub struct PathStat {
 
 /// Offers a port for an archive, and gives the offer and our end.
 fn offer(context: &Shared) -> Result<(Offer, UnixStream), Problem> {
-    let offered = context.offer().and_then(|(offer, ours)| {
-        ours.set_nonblocking(true)?;
-        Ok((offer, UnixStream::from_std(ours)?))
-    });
+    let offered = context.offer().and_then(|(offer, ours)| Ok((offer, UnixStream::from_std(ours)?)));
     offered.map_err(|error| {
         Problem::new(ProblemKind::MonitorFailed, format!("cannot make a stream for the archive: {error}"))
     })

@@ -34,6 +34,7 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use protocol::container::Stdio;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, oneshot, watch};
 
@@ -145,6 +146,14 @@ pub struct Setup {
     pub guest_ended: GuestEnded,
 }
 
+impl Setup {
+    /// Has no socket of it block.
+    fn unblock(&self) -> io::Result<()> {
+        self.agent.set_nonblocking(true)?;
+        self.listener.as_ref().map_or(Ok(()), |listener| listener.set_nonblocking(true))
+    }
+}
+
 /// Held by whoever runs the guest, and dropped when that has ended.
 #[derive(Debug)]
 pub struct GuestRuns(#[expect(dead_code, reason = "dropping it is what it is for")] oneshot::Sender<()>);
@@ -194,28 +203,45 @@ pub(crate) struct Context {
 
 type Shared = Arc<Context>;
 
-/// Serves until the container that the VM is for has ended, the VM was told to stop, or the guest ended. `guest_end` says
-/// how the guest ended where the machine knows more than that.
-///
-/// # Errors
-/// The system is out of something, before anything was served.
-pub fn run(setup: Setup, guest_end: impl Fn() -> Option<String>) -> io::Result<Outcome> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
-    runtime.block_on(serve(setup, guest_end, BOUNDS))
+/// A server that has everything of the system that serving does not make for itself, so that its thread can be confined before
+/// it serves.
+pub struct Server {
+    setup: Setup,
+    runtime: tokio::runtime::Runtime,
 }
 
-/// As [`run`], on the runtime that this is awaited on.
+impl Server {
+    /// Prepares one.
+    ///
+    /// # Errors
+    /// The system is out of something.
+    pub fn new(setup: Setup) -> io::Result<Self> {
+        setup.unblock()?;
+        Ok(Self { setup, runtime: tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()? })
+    }
+
+    /// Serves until the container that the VM is for has ended, the VM was told to stop, or the guest ended. `guest_end` says
+    /// how the guest ended where the machine knows more than that.
+    ///
+    /// # Errors
+    /// The system is out of something, before anything was served.
+    pub fn run(self, guest_end: impl Fn() -> Option<String>) -> io::Result<Outcome> {
+        self.runtime.block_on(serve(self.setup, guest_end, BOUNDS))
+    }
+}
+
+/// As [`Server::run`], on the runtime that this is awaited on.
 ///
 /// # Errors
-/// As [`run`].
+/// As [`Server::new`] and [`Server::run`].
 #[cfg(feature = "fuzzing")]
 pub async fn run_here(setup: Setup, guest_end: impl Fn() -> Option<String>) -> io::Result<Outcome> {
+    setup.unblock()?;
     serve(setup, guest_end, BOUNDS).await
 }
 
 async fn serve(setup: Setup, guest_end: impl Fn() -> Option<String>, bounds: Bounds) -> io::Result<Outcome> {
     let Setup { config, container, listener, folder, machine, agent, boot, guest_ended } = setup;
-    agent.set_nonblocking(true)?;
     let agent = UnixStream::from_std(agent)?;
     let (guest, calls) = Guest::new();
     let context = Arc::new(Context {
@@ -239,7 +265,6 @@ async fn serve(setup: Setup, guest_end: impl Fn() -> Option<String>, bounds: Bou
         containers::launch(&context, container)?;
     }
     if let Some(listener) = listener {
-        listener.set_nonblocking(true)?;
         tokio::spawn(accept(UnixListener::from_std(listener)?, Arc::clone(&context)));
     }
     tokio::spawn(hurry(Arc::clone(&context), guest_ended));
@@ -460,12 +485,14 @@ impl Context {
         }
     }
 
-    /// Offers a port, and gives its number and our end. The offer is taken back when what stands for it is dropped.
+    /// Offers a port, and gives its number and our end, which does not block. The offer is taken back when what stands for it
+    /// is dropped.
     fn offer(&self) -> io::Result<(Offer, StdStream)> {
         let port = self.next_port.fetch_add(1, Ordering::Relaxed);
-        let (ours, theirs) = StdStream::pair()?;
-        self.machine.offer(port, theirs);
-        Ok((Offer { machine: Arc::clone(&self.machine), port }, ours))
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        self.machine.offer(port, theirs.into());
+        Ok((Offer { machine: Arc::clone(&self.machine), port }, ours.into()))
     }
 
     /// Offers ports for the streams of a process, and gives their numbers and our ends.

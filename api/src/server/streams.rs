@@ -76,7 +76,7 @@ struct Reader {
     room: Arc<Semaphore>,
 }
 
-/// The host's ends of a process's streams.
+/// The host's ends of a process's streams, none of which blocks.
 #[derive(Debug, Default)]
 pub struct Ends {
     /// Standard input, or both directions of a terminal.
@@ -106,10 +106,7 @@ impl Streams {
     /// # Errors
     /// What the system says of a stream.
     pub fn start(ends: Ends, usage: Use) -> io::Result<Arc<Self>> {
-        let asynchronous = |stream: StdStream| {
-            stream.set_nonblocking(true)?;
-            UnixStream::from_std(stream).map(Arc::new)
-        };
+        let asynchronous = |stream: StdStream| UnixStream::from_std(stream).map(Arc::new);
         let stdin = ends.stdin.map(asynchronous).transpose()?;
         let mut outputs = Vec::new();
         if usage.terminal {

@@ -70,6 +70,7 @@ impl Server {
         };
         let thread = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            setup.unblock()?;
             runtime.block_on(serve(setup, || None, bounds))
         });
         Self { folder, agent: Some(theirs), thread: Some(thread) }
