@@ -8,6 +8,7 @@
 //! - [`lock`], [`quota`], [`owner`]: locks that hold between VMs, how much may be added, whose files they are.
 //! - [`saved`]: what is kept of a session when its VM is saved.
 //! - `operations`: what the guest can ask for, by theme.
+//! - `testing`: messages without a guest.
 //!
 //! # Trust
 //! The guest is hostile, and so may be whoever else can write to the export. No path of either is ever resolved: a name is one
@@ -28,6 +29,8 @@ pub mod owner;
 pub mod quota;
 pub mod saved;
 pub mod server;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod wire;
 
 use nix::sched::CloneFlags;

@@ -5,22 +5,20 @@
 
 use std::fs::{self, Permissions};
 use std::io::Write as _;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
-use fuse::{Cache, Export, Limits, Message, Options, Quota, Served, Server, Session, Source};
+use fuse::testing::Bytes;
+use fuse::wire::{REPLY_HEADER, REQUEST_HEADER};
+use fuse::{Cache, Export, Limits, Options, Quota, Served, Server, Session, Source};
 use fuse_abi::linux::fuse_opcode as op;
 use rustix::fs::{CWD, Mode, OFlags, RenameFlags};
-use rustix::io::{Errno, ReadWriteFlags};
 use tempfile::TempDir;
 
 use crate::input::Input;
 use crate::scratch;
 
-/// The length of a request's header, and of a reply's.
-const REQUEST_HEADER: usize = 40;
-const REPLY_HEADER: usize = 16;
 /// The most steps of one input.
 const STEPS_MAX: usize = 200;
 /// What a guest may add, in bytes and inodes.
@@ -240,54 +238,11 @@ pub fn request(input: &mut Input<'_>) -> Vec<u8> {
     [&header[..], &body].concat()
 }
 
-/// A message in this program's own memory.
-struct Bytes<'a> {
-    request: &'a [u8],
-    room: usize,
-    data: usize,
-}
-
-impl Message for Bytes<'_> {
-    fn take(&mut self, bytes: &mut [u8]) -> Option<()> {
-        let (taken, rest) = self.request.split_at_checked(bytes.len())?;
-        bytes.copy_from_slice(taken);
-        self.request = rest;
-        Some(())
-    }
-
-    fn remaining(&self) -> usize {
-        self.request.len()
-    }
-
-    fn room(&self) -> usize {
-        self.room
-    }
-
-    fn read_from(&mut self, file: BorrowedFd<'_>, offset: u64, length: usize) -> Result<usize, Errno> {
-        assert!(length + REPLY_HEADER <= self.room, "more is read than there is room for");
-        self.data = rustix::io::pread(file, &mut vec![0; length][..], offset)?;
-        Ok(self.data)
-    }
-
-    fn write_to(
-        &mut self,
-        file: BorrowedFd<'_>,
-        at: u64,
-        length: usize,
-        flags: ReadWriteFlags,
-    ) -> Result<usize, Errno> {
-        let (data, _) = self.request.split_at_checked(length).expect("no more is written than was sent");
-        let written = rustix::io::pwritev2(file, &[std::io::IoSlice::new(data)], at, flags)?;
-        self.request = &self.request[written..];
-        Ok(written)
-    }
-}
-
 /// Serves a message, and checks what comes of it.
 fn serve(server: &mut Server, bytes: &[u8], room: usize) {
-    let mut message = Bytes { request: bytes, room, data: 0 };
+    let mut message = Bytes::new(bytes, room);
     if let Served::Reply { reply, data } = server.serve(&mut message) {
-        assert_eq!(data, message.data);
+        assert_eq!(data, message.data.len());
         assert!(reply.len() + data <= room.max(REPLY_HEADER), "a reply is longer than its room");
         let length = reply.first_chunk().map(|length| u32::from_le_bytes(*length));
         assert_eq!(length, u32::try_from(reply.len() + data).ok(), "a reply has another length than it says");

@@ -5,70 +5,17 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
-use fuse::{Export, Message, Options, Served, Server, Source};
+use fuse::testing::Bytes;
+use fuse::wire::REPLY_HEADER;
+use fuse::{Export, Options, Served, Server, Source};
 use fuse_abi::linux::{self as abi, fuse_opcode};
-use rustix::fd::{BorrowedFd, OwnedFd};
+use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::{Errno, ReadWriteFlags};
 use tempfile::TempDir;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 pub const ROOT: u64 = abi::FUSE_ROOT_ID;
-const HEADER: usize = 16;
-
-/// A message in this program's own memory.
-pub struct Bytes<'a> {
-    pub request: &'a [u8],
-    pub room: usize,
-    pub data: Vec<u8>,
-    /// How data was written.
-    pub flags: ReadWriteFlags,
-}
-
-impl<'a> Bytes<'a> {
-    pub fn new(request: &'a [u8], room: usize) -> Self {
-        Self { request, room, data: Vec::new(), flags: ReadWriteFlags::empty() }
-    }
-}
-
-impl Message for Bytes<'_> {
-    fn take(&mut self, bytes: &mut [u8]) -> Option<()> {
-        let (taken, rest) = self.request.split_at_checked(bytes.len())?;
-        bytes.copy_from_slice(taken);
-        self.request = rest;
-        Some(())
-    }
-
-    fn remaining(&self) -> usize {
-        self.request.len()
-    }
-
-    fn room(&self) -> usize {
-        self.room
-    }
-
-    fn read_from(&mut self, file: BorrowedFd<'_>, offset: u64, length: usize) -> Result<usize, Errno> {
-        assert!(length + HEADER <= self.room);
-        let mut data = vec![0; length];
-        let read = rustix::io::preadv(file, &mut [std::io::IoSliceMut::new(&mut data)], offset)?;
-        data.truncate(read);
-        self.data = data;
-        Ok(read)
-    }
-
-    fn write_to(
-        &mut self,
-        file: BorrowedFd<'_>,
-        at: u64,
-        length: usize,
-        flags: ReadWriteFlags,
-    ) -> Result<usize, Errno> {
-        self.flags = flags;
-        let written = rustix::io::pwritev2(file, &[std::io::IoSlice::new(&self.request[..length])], at, flags)?;
-        self.request = &self.request[written..];
-        Ok(written)
-    }
-}
 
 /// A request's bytes.
 pub fn request(opcode: u32, unique: u64, nodeid: u64, body: &[u8]) -> Vec<u8> {
@@ -139,10 +86,10 @@ impl Client {
         assert_eq!(message.data.len(), data);
         self.written = message.flags;
         reply.extend(message.data);
-        assert!(reply.len() <= room.max(HEADER));
+        assert!(reply.len() <= room.max(REPLY_HEADER));
         let header: abi::fuse_out_header = parse(&reply);
         assert_eq!((header.unique, header.len as usize), (self.unique, reply.len()));
-        if header.error == 0 { Ok(Ended::Reply(reply.split_off(HEADER))) } else { Err(-header.error) }
+        if header.error == 0 { Ok(Ended::Reply(reply.split_off(REPLY_HEADER))) } else { Err(-header.error) }
     }
 
     /// Sends a request that is answered at once.

@@ -3,10 +3,11 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 
+use fuse::testing::Bytes;
 use fuse::{Limits, Options, Quota, Served};
 use proptest::prelude::*;
 
-use crate::client::{Bytes, Host, request};
+use crate::client::{Host, request};
 
 /// A name that a hostile guest would like.
 fn names() -> impl Strategy<Value = Vec<u8>> {

@@ -2,13 +2,13 @@
 //! jail. And what it could do with what it has, if it was taken over.
 
 use std::fs::File;
-use std::io::{IoSlice, IoSliceMut, Read as _, Write as _};
-use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
+use std::io::{Read as _, Write as _};
+use std::os::fd::{AsRawFd as _, OwnedFd};
 
-use fuse::{Export, Message, Options, Ownership, Served, Server, Source};
+use fuse::testing::Bytes;
+use fuse::{Export, Options, Ownership, Served, Server, Source};
 use jailer::{Entered, Thread};
 use rustix::fs::{FileType, Mode, OFlags, fstat, openat};
-use rustix::io::{Errno, ReadWriteFlags, preadv, pwritev2};
 
 use super::Result;
 
@@ -30,44 +30,6 @@ impl<'a> How<'a> {
     }
 }
 
-/// A request's bytes, and those of its reply.
-struct Bytes<'a> {
-    request: &'a [u8],
-    data: Vec<u8>,
-}
-
-impl Message for Bytes<'_> {
-    fn take(&mut self, bytes: &mut [u8]) -> Option<()> {
-        let (taken, rest) = self.request.split_at_checked(bytes.len())?;
-        bytes.copy_from_slice(taken);
-        self.request = rest;
-        Some(())
-    }
-
-    fn remaining(&self) -> usize {
-        self.request.len()
-    }
-
-    fn room(&self) -> usize {
-        4096
-    }
-
-    fn read_from(&mut self, file: BorrowedFd<'_>, offset: u64, length: usize) -> std::result::Result<usize, Errno> {
-        self.data.resize(length, 0);
-        preadv(file, &mut [IoSliceMut::new(&mut self.data)], offset)
-    }
-
-    fn write_to(
-        &mut self,
-        file: BorrowedFd<'_>,
-        at: u64,
-        length: usize,
-        flags: ReadWriteFlags,
-    ) -> std::result::Result<usize, Errno> {
-        pwritev2(file, &[IoSlice::new(&self.request[..length])], at, flags)
-    }
-}
-
 /// A guest whose user is 1234.
 struct Guest {
     server: Server,
@@ -82,7 +44,7 @@ impl Guest {
         let length = (40 + body.len() as u32).to_le_bytes();
         let head = [&length[..], &opcode.to_le_bytes(), &[0; 8], &node.to_le_bytes(), &user, &user, &[0; 8]].concat();
         let request = [head, body].concat();
-        let mut message = Bytes { request: &request, data: Vec::new() };
+        let mut message = Bytes::new(&request, 4096);
         let (error, number) = match self.server.serve(&mut message) {
             Served::Reply { reply, .. } => {
                 let error = reply.get(4..8).and_then(|bytes| bytes.try_into().ok()).map_or(0, i32::from_le_bytes);
