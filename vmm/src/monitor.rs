@@ -186,9 +186,13 @@ pub fn run(
         let (sender, guest_ended) = server::guest_end();
         flushing = Some(sender);
         let (bus, console, memory) = (machine.bus.clone(), machine.console.clone(), machine.memory.clone());
-        let kinds = bus.devices.iter().map(|device| vcpu::lock(device).kind()).collect();
-        let handle =
-            Handle { pid, statm, bus, kinds, console, memory, ports: ports.clone(), vcpus: Arc::clone(&vcpus) };
+        let figures = bus.devices.iter().enumerate().map(|(index, device)| {
+            let device = vcpu::lock(device);
+            DeviceFigures { kind: device.kind(), index, figures: device.metrics() }
+        });
+        let figures = Mutex::new(figures.collect());
+        let (ports, vcpus) = (ports.clone(), Arc::clone(&vcpus));
+        let handle = Handle { pid, statm, bus, figures, console, memory, ports, vcpus };
         let LaunchConfig { vm, container, .. } = config;
         let machine: Arc<dyn server::Machine> = Arc::new(handle);
         let setup = Setup { config: vm, container, listener, folder, machine, agent, boot, guest_ended };
@@ -358,7 +362,8 @@ struct Handle {
     pid: u32,
     statm: File,
     bus: Bus,
-    kinds: Vec<&'static str>,
+    /// What each device had counted when it was asked last.
+    figures: Mutex<Vec<DeviceFigures>>,
     console: devices::console::ConsoleOutput,
     memory: Controls,
     ports: HostPorts,
@@ -395,18 +400,20 @@ impl server::Machine for Handle {
             Ok(device) => device.driver_status().to_owned(),
             Err(_) => "busy".to_owned(),
         };
-        let both = self.kinds.iter().zip(self.bus.devices.iter());
-        both.map(|(kind, device)| Device { kind: (*kind).to_owned(), status: status(device) }).collect()
+        let figures = self.figures.lock().unwrap_or_else(PoisonError::into_inner);
+        let both = figures.iter().zip(self.bus.devices.iter());
+        both.map(|(known, device)| Device { kind: known.kind.to_owned(), status: status(device) }).collect()
     }
 
     fn figures(&self) -> Vec<DeviceFigures> {
-        let both = self.kinds.iter().zip(self.bus.devices.iter()).enumerate();
-        let figures = both.filter_map(|(index, (kind, device))| {
-            // As above: one that is at work is left out this time.
-            let figures = device.try_lock().ok()?.metrics();
-            Some(DeviceFigures { kind, index, figures })
-        });
-        figures.collect()
+        let mut figures = self.figures.lock().unwrap_or_else(PoisonError::into_inner);
+        for (known, device) in figures.iter_mut().zip(self.bus.devices.iter()) {
+            // As above: one that is at work has counted at least what it had.
+            if let Ok(device) = device.try_lock() {
+                known.figures = device.metrics();
+            }
+        }
+        figures.clone()
     }
 
     fn offer(&self, port: u32, stream: UnixStream) {

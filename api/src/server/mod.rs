@@ -87,7 +87,8 @@ pub trait Machine: Send + Sync {
     fn console(&self) -> Vec<u8>;
     /// The VM's devices.
     fn devices(&self) -> Vec<Device>;
-    /// What the VM's devices have counted, as far as that can be had without waiting for one that is at work.
+    /// What each of the VM's devices has counted; of one that is at work, and so would have to be waited for, when it was asked
+    /// last.
     fn figures(&self) -> Vec<DeviceFigures>;
     /// Offers the peer of `stream` to the guest at a port of the host, for one connection.
     fn offer(&self, port: u32, stream: StdStream);
