@@ -9,6 +9,7 @@ pub(crate) fn curl(sandbox: &Sandbox, container: &Detached<'_>, arguments: &[&st
     let url = format!("http://cofferdam{path}");
     let given = ["--silent", "--show-error", "--write-out", "\n%{http_code}", "--unix-socket", &socket];
     let answer = sandbox.program("curl", given.iter().chain(arguments).copied().chain([url.as_str()])).end();
+    assert_eq!(answer.code(), 0, "{answer:?}, the container's state is {}", container.inspect("state"));
     let (body, code) = answer.succeeded().rsplit_once('\n').unwrap();
     (code.parse().unwrap(), body.to_owned())
 }
@@ -220,7 +221,9 @@ fn requests_of_all_shapes_are_answered_as_described() {
     // Its own errors say little in one line: all that it says is shown when it fails.
     let told = sandbox.program(&program, words).end();
     assert_eq!(told.code(), 0, "{}", told.text());
-    assert_eq!(pod.inspect("state.status"), "running");
+    // Its time may be over between a pause and what follows.
+    let status = pod.inspect("state.status");
+    assert!(["running", "paused"].contains(&status.as_str()), "{status}");
 }
 
 #[test]
