@@ -284,8 +284,18 @@ impl Sandbox {
     #[must_use]
     pub fn monitor(&self) -> u32 {
         let found = self.monitors();
-        assert_eq!(found.len(), 1, "{found:?}");
+        assert_eq!(found.len(), 1, "{found:?}, {}", self.states());
         found[0]
+    }
+
+    /// What is known of the containers here, for whoever misses one.
+    fn states(&self) -> String {
+        let all = self.cofferdam(["ps", "-aq"]).end();
+        let states = all.text().lines().map(|id| {
+            let told = self.cofferdam(["inspect", "--format", "state", id]).end();
+            format!("{id} is {}", told.text().trim_end())
+        });
+        states.collect::<Vec<_>>().join(", ")
     }
 
     /// The monitors that run here, and what is above them.
