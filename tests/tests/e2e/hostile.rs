@@ -150,8 +150,7 @@ fn an_agent_that_dies_in_a_verb_ends_its_container() {
         let ended = guest.verb(30, verb);
         assert!(!matches!(ended.code(), 0 | 137), "{}: {ended:?}", guest.case);
         is_clear(&guest.case, &ended);
-        // Its kernel takes a moment to fall.
-        // Less than the output of a program is kept for somebody to attach, which nobody does here.
+        // Its kernel takes a moment to fall. Less than output is kept for somebody to attach, which nobody does here.
         assert_ne!(guest.verb(20, &["wait", "liar"]).code(), 137, "{}: {ended:?}", guest.case);
         let told = guest.verb(30, &["inspect", "--format", "state.status", "liar"]);
         assert_eq!(told.succeeded(), "exited\n", "{}", guest.case);
