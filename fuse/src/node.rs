@@ -124,21 +124,27 @@ impl Held {
 
     /// Has `node` stand for its inode, unless another one does; gives the one that does.
     fn adopt(self: &Arc<Self>, node: Arc<Node>, max: usize) -> Result<Arc<Node>, Errno> {
-        let mut nodes = self.lock();
-        let count = nodes.len();
+        let nodes = self.lock();
+        if nodes.len() >= max && !nodes.contains_key(&node.key) {
+            return Err(Errno::NFILE);
+        }
+        Ok(self.enter(nodes, node))
+    }
+
+    /// As [`Held::adopt`], without a limit.
+    fn enter(self: &Arc<Self>, mut nodes: MutexGuard<'_, HashMap<Key, One>>, node: Arc<Node>) -> Arc<Node> {
         match nodes.entry(node.key) {
             Entry::Occupied(mut one) => match one.get().node.upgrade() {
-                Some(node) => return Ok(node),
+                Some(node) => return node,
                 // Another thread is about to let go of that one. What is known of the inode stays.
                 None => one.get_mut().node = Arc::downgrade(&node),
             },
-            Entry::Vacant(_) if count >= max => return Err(Errno::NFILE),
             Entry::Vacant(place) => drop(place.insert(One { node: Arc::downgrade(&node), removed: false })),
         }
         drop(nodes);
         // It may be noted here already.
         let _ = node.noted.set(Arc::clone(self));
-        Ok(node)
+        node
     }
 
     fn let_go(&self, node: &Node) {
@@ -213,11 +219,8 @@ impl Nodes {
     }
 
     /// As [`Nodes::adopt`], for what is held no longer than a request takes and so has room in any case.
-    ///
-    /// # Errors
-    /// Never.
-    pub(crate) fn adopt_briefly(&self, node: Arc<Node>) -> Result<Arc<Node>, Errno> {
-        self.held.adopt(node, usize::MAX)
+    pub(crate) fn adopt_briefly(&self, node: Arc<Node>) -> Arc<Node> {
+        self.held.enter(self.held.lock(), node)
     }
 
     /// Notes that the guest is told of an inode, and gives the number to tell.

@@ -202,7 +202,7 @@ impl Server {
             return Ok(None);
         }
         match self.export.find(directory, name) {
-            Ok((node, _)) => self.nodes.adopt_briefly(Arc::new(node)).map(Some),
+            Ok((node, _)) => Ok(Some(self.nodes.adopt_briefly(Arc::new(node)))),
             Err(Errno::NOENT) => Ok(None),
             Err(Errno::XDEV) => Err(Errno::BUSY),
             Err(error) => Err(error),
