@@ -4,11 +4,16 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
 use crate::error::{Error, IoContext};
+
+/// How long a lease may take, and the time between two tries.
+const LEASE: Duration = Duration::from_secs(5);
+const BETWEEN_TRIES: Duration = Duration::from_millis(1);
 
 /// An exclusive lock by path. The file goes with the lock.
 #[derive(Debug)]
@@ -79,8 +84,17 @@ pub(crate) fn lease(path: &Path) -> Result<Option<File>, Error> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error).during("open", path),
     };
-    // Only waits for someone who is about to remove the file, or finds that it is in use and lets go.
-    take(&file, FlockOperation::LockShared).during("lock", path)?;
+    // Only waits for someone who is about to remove the file, or finds that it is in use and lets go. Whoever has a lease can
+    // lock the file, also the monitor of a guest that took it over: such a lock is not waited for.
+    let deadline = Instant::now() + LEASE;
+    while !take(&file, FlockOperation::NonBlockingLockShared).during("lock", path)? {
+        if Instant::now() >= deadline {
+            let held =
+                io::Error::new(io::ErrorKind::WouldBlock, "another process holds it: end those that use the image");
+            return Err(held).during("lock", path);
+        }
+        std::thread::sleep(BETWEEN_TRIES);
+    }
     let linked = file.metadata().during("examine", path)?.nlink() > 0;
     Ok(linked.then_some(file))
 }
