@@ -16,8 +16,9 @@ use serde::Deserialize;
 use super::guest::{CALL_DEADLINE, Pending, done, late, unfit};
 use super::log::{Follower, Log};
 use super::problem::{Body, Path, Problem, ProblemKind, Query};
-use super::streams::{Streams, Use};
-use super::{Offer, Shared, routes};
+use super::routes::Upgrade;
+use super::streams::{Attachment, Streams, Use};
+use super::{Offer, Shared};
 use crate::config::ContainerConfig;
 use crate::log::Selection;
 use crate::model::{
@@ -70,6 +71,7 @@ fn begin(context: &Shared, mut spec: ContainerSpec, stdin: bool, usage: Use) -> 
     let (stdio, ends, offers) = context.offer_streams(stdin, terminal).map_err(failed)?;
     spec.process.stdio = stdio;
     let streams = Streams::start(ends, Use { terminal, ..usage }).map_err(failed)?;
+    streams.release_in_time();
     let spec = Arc::new(spec);
     let sent = context.vm.change(|state| {
         state.add(Arc::clone(&spec), streams)?;
@@ -415,7 +417,8 @@ pub(super) async fn attach(
     mut request: Request,
 ) -> Result<Response, Problem> {
     let streams = Arc::clone(&context.vm.state().container(&id)?.streams);
-    routes::upgrade(&context, &mut request, streams)
+    let upgrade = Upgrade::of(&context, &mut request)?;
+    Ok(upgrade.attach(Attachment::new(streams)))
 }
 
 /// Which entries of a log are wanted.

@@ -13,7 +13,8 @@ use protocol::{Call, Target};
 use super::containers::signal;
 use super::guest::done;
 use super::problem::{Body, Path, Problem, ProblemKind};
-use super::streams::{Streams, Use};
+use super::routes::Upgrade;
+use super::streams::{Attachment, Streams, Use};
 use super::{Shared, routes};
 use crate::control::EXIT_FAILED;
 use crate::model::{Kill, Process, ProcessCreate, ProcessState, Size, WaitResult};
@@ -34,16 +35,14 @@ pub(super) async fn create(
     Path(id): Path<String>,
     mut request: Request,
 ) -> Result<Response, Problem> {
-    let upgrade = routes::wants_upgrade(&request);
     let body = std::mem::take(request.body_mut());
     let create: ProcessCreate = routes::json(&context, body).await?;
-    let process = execute(&context, &id, create, upgrade).await?;
+    let upgrade = routes::wants_upgrade(&request).then(|| Upgrade::of(&context, &mut request)).transpose()?;
+    let (process, attachment) = execute(&context, &id, create, upgrade.is_some()).await?;
     let location = format!("/v1/containers/{id}/processes/{}", process.id);
-    let mut response = if upgrade {
-        let streams = Arc::clone(&context.vm.state().container(&id)?.process(&process.id)?.streams);
-        routes::upgrade(&context, &mut request, streams)?
-    } else {
-        (StatusCode::CREATED, Json(process)).into_response()
+    let mut response = match upgrade {
+        Some(upgrade) => upgrade.attach(attachment),
+        None => (StatusCode::CREATED, Json(process)).into_response(),
     };
     if let Ok(location) = location.parse() {
         response.headers_mut().insert(axum::http::header::LOCATION, location);
@@ -51,7 +50,13 @@ pub(super) async fn create(
     Ok(response)
 }
 
-async fn execute(context: &Shared, id: &str, create: ProcessCreate, hold: bool) -> Result<Process, Problem> {
+/// Executes a process; gives it and, if its output is held for that, its client's attachment to come.
+async fn execute(
+    context: &Shared,
+    id: &str,
+    create: ProcessCreate,
+    hold: bool,
+) -> Result<(Process, Attachment), Problem> {
     let invalid = |detail: &str| Problem::new(ProblemKind::InvalidRequest, detail);
     if create.args.is_empty() {
         return Err(invalid("args: there is no program to execute"));
@@ -73,6 +78,8 @@ async fn execute(context: &Shared, id: &str, create: ProcessCreate, hold: bool) 
     let (stdio, ends, offers) = context.offer_streams(create.stdin, terminal).map_err(failed)?;
     spec.stdio = stdio;
     let streams = Streams::start(ends, Use { terminal, hold, stdin_once: true, log: None }).map_err(failed)?;
+    // A client that goes away before it is attached takes this with it.
+    let attachment = Attachment::new(Arc::clone(&streams));
     let shown = Process {
         id: process.clone(),
         args: create.args,
@@ -97,7 +104,7 @@ async fn execute(context: &Shared, id: &str, create: ProcessCreate, hold: bool) 
             Ok(state.container(&id)?.process(&process)?.shown.clone())
         })
     });
-    executed.await
+    Ok((executed.await?, attachment))
 }
 
 /// A process as the container's first one, but for what is asked.

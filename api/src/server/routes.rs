@@ -13,10 +13,11 @@ use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
+use tokio::sync::OwnedSemaphorePermit;
 use utoipa::OpenApi;
 
 use super::problem::{Problem, ProblemKind, arrives};
-use super::streams::Streams;
+use super::streams::Attachment;
 use super::{Shared, containers, files, machine, memory, processes};
 
 /// The longest body of a request that is no archive: a container with the arguments and the environment of its program.
@@ -169,38 +170,52 @@ pub(super) fn wants_upgrade(request: &Request) -> bool {
     asks(request.headers()) && request.extensions().get::<OnUpgrade>().is_some()
 }
 
-/// Turns a connection into the streams of a process.
-///
-/// # Errors
-/// The client does not ask for it.
-pub(super) fn upgrade(context: &Shared, request: &mut Request, streams: Arc<Streams>) -> Result<Response, Problem> {
-    if !wants_upgrade(request) {
-        let detail =
-            format!("streams need an upgraded connection: send `Connection: Upgrade` and `Upgrade: {PROTOCOL}`");
-        return Err(Problem::new(ProblemKind::InvalidRequest, detail));
-    }
-    let Some(upgrade) = request.extensions_mut().remove::<OnUpgrade>() else {
-        return Err(Problem::new(ProblemKind::InvalidRequest, "the connection cannot be upgraded"));
-    };
-    let permit = Arc::clone(&context.clients).try_acquire_owned();
-    let permit = permit.map_err(|_| Problem::new(ProblemKind::TooManyRequests, "too many clients are connected"))?;
-    let kind = if streams.is_terminal() { "raw" } else { "multiplexed" };
-    tokio::spawn(async move {
-        let upgraded = upgrade.await.map(|upgraded| upgraded.downcast::<TokioIo<UnixStream>>());
-        match upgraded {
-            Ok(Ok(parts)) => streams.attach(parts.io.into_inner(), parts.read_buf).await,
-            // A client that breaks off before is gone.
-            _ => streams.release(),
+/// A connection that may become the streams of a process, and the right to have one.
+pub(super) struct Upgrade {
+    connection: OnUpgrade,
+    permit: OwnedSemaphorePermit,
+}
+
+impl Upgrade {
+    /// That of a request.
+    ///
+    /// # Errors
+    /// The client does not ask for it, or too many have one.
+    pub fn of(context: &Shared, request: &mut Request) -> Result<Self, Problem> {
+        if !wants_upgrade(request) {
+            let detail =
+                format!("streams need an upgraded connection: send `Connection: Upgrade` and `Upgrade: {PROTOCOL}`");
+            return Err(Problem::new(ProblemKind::InvalidRequest, detail));
         }
-        drop(permit);
-    });
-    let headers = [
-        (header::CONNECTION, HeaderValue::from_static("upgrade")),
-        (header::UPGRADE, HeaderValue::from_static(PROTOCOL)),
-    ];
-    let mut response = (StatusCode::SWITCHING_PROTOCOLS, headers).into_response();
-    response.headers_mut().insert("cofferdam-stream", HeaderValue::from_static(kind));
-    Ok(response)
+        let Some(connection) = request.extensions_mut().remove::<OnUpgrade>() else {
+            return Err(Problem::new(ProblemKind::InvalidRequest, "the connection cannot be upgraded"));
+        };
+        let permit = Arc::clone(&context.clients).try_acquire_owned();
+        let permit =
+            permit.map_err(|_| Problem::new(ProblemKind::TooManyRequests, "too many clients are connected"))?;
+        Ok(Self { connection, permit })
+    }
+
+    /// Attaches the client to streams as soon as it has this answer.
+    pub fn attach(self, attachment: Attachment) -> Response {
+        let kind = if attachment.streams().is_terminal() { "raw" } else { "multiplexed" };
+        tokio::spawn(async move {
+            let Self { connection, permit } = self;
+            let upgraded = connection.await.map(|upgraded| upgraded.downcast::<TokioIo<UnixStream>>());
+            // A client that breaks off before is gone.
+            if let Ok(Ok(parts)) = upgraded {
+                attachment.streams().attach(parts.io.into_inner(), parts.read_buf).await;
+            }
+            drop(permit);
+        });
+        let headers = [
+            (header::CONNECTION, HeaderValue::from_static("upgrade")),
+            (header::UPGRADE, HeaderValue::from_static(PROTOCOL)),
+        ];
+        let mut response = (StatusCode::SWITCHING_PROTOCOLS, headers).into_response();
+        response.headers_mut().insert("cofferdam-stream", HeaderValue::from_static(kind));
+        response
+    }
 }
 
 #[cfg(test)]

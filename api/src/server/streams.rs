@@ -32,6 +32,8 @@ const HOLD_LIMIT: Duration = Duration::from_secs(30);
 const TAIL_MAX: usize = 8 << 20;
 /// How long a stream of a process that has ended may stay open without bringing anything.
 const QUIET_MAX: Duration = Duration::from_secs(5);
+/// How long it may stay open, whatever it brings.
+const TAIL_TIME: Duration = Duration::from_secs(30);
 
 thread_local! {
     /// Where pieces are read: one for all streams, since only one is read at a time.
@@ -75,6 +77,10 @@ struct Reader {
     /// Room in the queue, as long as the process lives.
     room: Arc<Semaphore>,
 }
+
+/// Somebody who is about to attach. No output is held for them any more when they are gone, whether they have attached or not.
+#[derive(Debug)]
+pub struct Attachment(Arc<Streams>);
 
 /// The host's ends of a process's streams, none of which blocks.
 #[derive(Debug, Default)]
@@ -127,9 +133,6 @@ impl Streams {
             stdin_once: usage.stdin_once,
             log: usage.log,
         });
-        if usage.hold {
-            tokio::spawn(release_in_time(Arc::clone(&streams)));
-        }
         for (kind, stream) in outputs {
             tokio::spawn(Arc::clone(&streams).carry(kind, stream));
         }
@@ -161,15 +164,27 @@ impl Streams {
         let _ = self.promised.subscribe().wait_for(|promised| *promised == 0).await;
     }
 
-    /// Lets output be read: whoever said that they would attach does not.
-    pub fn release(&self) {
-        self.held.send_replace(false);
+    /// Lets go of output that nobody attaches to for [`HOLD_LIMIT`].
+    pub fn release_in_time(self: &Arc<Self>) {
+        let streams = Arc::clone(self);
+        tokio::spawn(async move {
+            let mut held = streams.held.subscribe();
+            let released = held.wait_for(|held| !held);
+            if tokio::time::timeout(HOLD_LIMIT, released).await.is_err() {
+                streams.held.send_replace(false);
+            }
+        });
     }
 
     /// Reads one stream to its end.
     async fn carry(self: Arc<Self>, kind: StreamKind, stream: Arc<UnixStream>) {
         let _ = self.held.subscribe().wait_for(|held| !held).await;
-        let mut ending = self.ending.subscribe();
+        let (mut ending, mut last) = (self.ending.subscribe(), self.ending.subscribe());
+        let late = async {
+            let _ = last.wait_for(|ending| *ending).await;
+            tokio::time::sleep(TAIL_TIME).await;
+        };
+        tokio::pin!(late);
         let mut tail = 0;
         loop {
             // A stream that never runs dry does not keep others from being served.
@@ -180,8 +195,13 @@ impl Streams {
             };
             tokio::select! {
                 biased;
+                () = &mut late => tail = usize::MAX,
                 ready = stream.readable() => if ready.is_err() { break },
                 () = quiet => break,
+            }
+            if tail > TAIL_MAX {
+                self.cut.store(true, Ordering::Relaxed);
+                break;
             }
             match self.read(kind, &stream) {
                 Ok((0, _)) => break,
@@ -191,10 +211,6 @@ impl Streams {
                     }
                     if let Some(piece) = piece {
                         self.give(kind, piece).await;
-                    }
-                    if tail > TAIL_MAX {
-                        self.cut.store(true, Ordering::Relaxed);
-                        break;
                     }
                 }
                 Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
@@ -288,8 +304,10 @@ impl Streams {
             room.add_permits(1);
         }
         if self.cut.load(Ordering::Relaxed) && !self.terminal {
-            let told =
-                format!("the guest went on to write after the process had ended: {TAIL_MAX} bytes of it were read");
+            let told = format!(
+                "the guest went on to write after the process had ended: {TAIL_MAX} bytes at most, and no more than came in \
+                 {TAIL_TIME:?}, were read"
+            );
             // A client that is gone needs no explanation.
             let _ = to.write_all(&[&header(TROUBLE, told.len())[..], told.as_bytes()].concat()).await;
         }
@@ -329,11 +347,29 @@ impl Streams {
     }
 }
 
-async fn release_in_time(streams: Arc<Streams>) {
-    let mut held = streams.held.subscribe();
-    let released = held.wait_for(|held| !held);
-    if tokio::time::timeout(HOLD_LIMIT, released).await.is_err() {
-        streams.held.send_replace(false);
+impl Attachment {
+    /// Of whoever is about to attach to these.
+    pub fn new(streams: Arc<Streams>) -> Self {
+        Self(streams)
+    }
+
+    /// What they attach to.
+    pub fn streams(&self) -> &Streams {
+        &self.0
+    }
+}
+
+impl Drop for Attachment {
+    /// If output is still held for them they were not attached: it is read, and no input comes of them.
+    fn drop(&mut self) {
+        let Self(streams) = self;
+        if streams.held.send_if_modified(std::mem::take)
+            && streams.stdin_once
+            && !streams.terminal
+            && let Some(stdin) = &*streams.stdin()
+        {
+            shut_down(stdin);
+        }
     }
 }
 
@@ -386,4 +422,76 @@ async fn write_all(stream: &UnixStream, mut bytes: &[u8]) -> io::Result<()> {
 fn shut_down(stream: &UnixStream) {
     // The other end may be gone.
     let _ = rustix::net::shutdown(stream, rustix::net::Shutdown::Write);
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::Instant;
+
+    use super::*;
+
+    /// The streams of a process that has standard input and output, and the guest's ends of both.
+    fn begin(hold: bool) -> (Arc<Streams>, UnixStream, UnixStream) {
+        let pair = || {
+            let (ours, theirs) = StdStream::pair().unwrap();
+            ours.set_nonblocking(true).unwrap();
+            theirs.set_nonblocking(true).unwrap();
+            (Some(ours), UnixStream::from_std(theirs).unwrap())
+        };
+        let ((stdin, input), (stdout, output)) = (pair(), pair());
+        let ends = Ends { stdin, stdout, stderr: None };
+        let streams = Streams::start(ends, Use { hold, stdin_once: true, ..Use::default() }).unwrap();
+        (streams, input, output)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_guest_that_goes_on_a_little_at_a_time_is_listened_to_only_so_long() {
+        let (streams, _input, mut output) = begin(false);
+        let (client, mut screen) = UnixStream::pair().unwrap();
+        let attached = tokio::spawn({
+            let streams = Arc::clone(&streams);
+            async move { streams.attach(client, Bytes::new()).await }
+        });
+        let dripping = tokio::spawn(async move {
+            while output.write_all(b".").await.is_ok() {
+                tokio::time::sleep(QUIET_MAX / 2).await;
+            }
+        });
+        let mut shown = [0; 9];
+        screen.read_exact(&mut shown).await.unwrap();
+        let ended = Instant::now();
+        streams.finish().await;
+        assert!(ended.elapsed() <= TAIL_TIME, "{:?}", ended.elapsed());
+        let mut rest = String::new();
+        screen.read_to_string(&mut rest).await.unwrap();
+        assert!(rest.ends_with("no more than came in 30s, were read"), "{rest:?}");
+        attached.await.unwrap();
+        dripping.abort();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_does_not_come_is_waited_for_only_so_long_and_whoever_leaves_not_at_all() {
+        for waits in [false, true] {
+            let (streams, mut input, mut output) = begin(true);
+            let began = Instant::now();
+            if waits {
+                streams.release_in_time();
+            } else {
+                drop(Attachment::new(Arc::clone(&streams)));
+                assert_eq!(input.read(&mut [0]).await.unwrap(), 0);
+            }
+            output.write_all(b"unheard").await.unwrap();
+            drop(output);
+            streams.finish().await;
+            assert_eq!(began.elapsed().as_secs(), if waits { HOLD_LIMIT.as_secs() } else { 0 });
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_does_not_get_attached_ends_no_input_but_his_own() {
+        let (streams, mut input, _output) = begin(false);
+        drop(Attachment::new(Arc::clone(&streams)));
+        let read = tokio::time::timeout(HOLD_LIMIT, input.read(&mut [0])).await;
+        assert!(read.is_err(), "{read:?}");
+    }
 }

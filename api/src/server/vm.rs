@@ -392,8 +392,6 @@ impl State {
                 self.tell(EventKind::ProcessStarted { container, process });
             }
             Err(problem) => {
-                // Whoever asked for it hears of this instead of being attached.
-                found.streams.release();
                 found.shown.end(exit_code(problem.kind), Some(problem.detail.clone()));
                 entry.remember_end(process);
             }

@@ -1,7 +1,11 @@
 //! Further processes in a running container.
 
+use std::time::{Duration, Instant};
+
 use rustix::process::Signal;
 use tests::sandbox::Sandbox;
+
+use crate::api::{curl, json_of};
 
 #[test]
 fn a_process_has_what_it_was_given() {
@@ -46,6 +50,28 @@ fn a_terminal_resizes_and_signals_pass() {
     running.wait_for("up\n");
     running.signal(Signal::TERM);
     assert_eq!(running.end().code(), 8);
+}
+
+/// Whoever was to be attached is not waited for, which a process's output otherwise is for 30 s.
+#[test]
+fn a_client_that_is_gone_before_its_process_runs_holds_nothing_up() {
+    let sandbox = Sandbox::new();
+    let host = sandbox.detached("host", &[], "busybox", &["sleep", "1000"]);
+    let processes = format!("/v1/containers/{}/processes", host.inspect("id"));
+    let post = |path| curl(&sandbox, &host, &["--request", "POST"], path).0;
+    assert_eq!(post("/v1/vm/pause"), 204);
+    let client = host.verb("exec", &[], &["echo", "nobody reads this"]).start();
+    tests::until("the process", || {
+        let (_, known) = json_of(curl(&sandbox, &host, &[], &processes));
+        (known[0]["state"] == "starting").then_some(())
+    });
+    client.signal(Signal::KILL);
+    let _ = client.end();
+    let began = Instant::now();
+    assert_eq!(post("/v1/vm/resume"), 204);
+    let (code, ended) = json_of(curl(&sandbox, &host, &[], &format!("{processes}/exec-1/wait")));
+    assert_eq!((code, &ended["exit_code"]), (200, &0.into()), "{ended}");
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
 }
 
 #[test]
