@@ -4,11 +4,13 @@
 //! Two threads copy, since our standard descriptors may be anything and cannot be made non-blocking: one that waits makes
 //! nothing else wait. Signals, sizes and the end are the caller's thread's.
 
+use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::pin::Pin;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::client::{Client, ClientError, Streams};
 use api::model::{Kill, Size, StreamKind};
@@ -18,13 +20,15 @@ use thiserror::Error;
 use tokio::sync::oneshot;
 
 use crate::multiplexed::{Frames, Stop};
-use crate::signals::Waiter;
+use crate::signals::{self, Waiter};
 use crate::terminal::{self, RawMode, TerminalError};
 
 /// Bytes copied at once.
 const PIECE: usize = 64 << 10;
 /// How long the end of a process may take to be told after its output has broken off.
 const END: Duration = Duration::from_secs(2);
+/// How long a signal may take to reach a process: whoever sits at the terminal can do nothing else meanwhile.
+const SENT: Duration = Duration::from_secs(5);
 
 /// Why we cannot be a front end any more.
 #[derive(Debug, Error)]
@@ -111,6 +115,7 @@ impl Attached {
         end: impl Future<Output = Result<T, E>>,
     ) -> Result<Followed<T>, E> {
         tokio::pin!(end);
+        let mut passing = Passing::default();
         let ended = loop {
             tokio::select! {
                 ended = &mut end => break ended?,
@@ -125,14 +130,33 @@ impl Attached {
                 },
                 Ok(()) = &mut self.detached, if !self.detached.is_terminated() => return Ok(Followed::Detached),
                 signal = signals.next() => {
-                    let signal = signal.map_err(|source| AttachError::System { step: "receive signals", source })?;
-                    if !self.pass(client, signal).await && crate::signals::cancels(signal) {
+                    let signal = signal.map_err(receiving)?;
+                    if signals::cancels(signal) && passing.is_late() {
+                        return Ok(Followed::Cancelled(signal));
+                    }
+                    passing.add(client, &self.path, self.terminal, signal);
+                }
+                refused = passing.next(), if !passing.0.is_empty() => if let Some(signal) = refused {
+                    return Ok(Followed::Cancelled(signal));
+                }
+            }
+        };
+        // Our standard output may not take what is left of it, and its monitor may say that there is more for ever.
+        let output = loop {
+            if self.output.is_terminated() {
+                break None;
+            }
+            tokio::select! {
+                output = &mut self.output => break output.ok(),
+                Ok(()) = &mut self.detached, if !self.detached.is_terminated() => return Ok(Followed::Detached),
+                signal = signals.next() => {
+                    let signal = signal.map_err(receiving)?;
+                    if signals::cancels(signal) {
                         return Ok(Followed::Cancelled(signal));
                     }
                 }
             }
         };
-        let output = if self.output.is_terminated() { None } else { (&mut self.output).await.ok() };
         drop(self.raw.take());
         match output {
             Some(Output::Lost(message)) => Ok(Followed::Lost { message, ended: true }),
@@ -140,25 +164,76 @@ impl Attached {
         }
     }
 
-    /// Gives the process's terminal the size of ours.
+    /// Gives the process's terminal the size of ours, if that can be done soon.
     pub async fn resize(&self, client: &Client) {
         if self.terminal {
-            let terminal = terminal::window_size();
-            let size = Size { rows: terminal.rows, columns: terminal.columns };
-            // A process that has just ended needs no size.
-            let _ = client.act(Method::POST, &format!("{}/resize", self.path), Some(&size)).await;
+            let _ = tokio::time::timeout(SENT, resize(client, &self.path)).await;
         }
+    }
+}
+
+fn receiving(source: io::Error) -> AttachError {
+    AttachError::System { step: "receive signals", source }
+}
+
+/// Gives a process's terminal the size of ours.
+async fn resize(client: &Client, path: &str) {
+    let terminal = terminal::window_size();
+    let size = Size { rows: terminal.rows, columns: terminal.columns };
+    // A process that has just ended needs no size.
+    let _ = client.act(Method::POST, &format!("{path}/resize"), Some(&size)).await;
+}
+
+/// The signals that are on their way to the process, in order.
+#[derive(Default)]
+struct Passing<'a>(VecDeque<Sending<'a>>);
+
+/// One of them.
+struct Sending<'a> {
+    signal: Signal,
+    since: Instant,
+    /// Gives whether it arrived.
+    arrival: Pin<Box<dyn Future<Output = bool> + 'a>>,
+}
+
+impl<'a> Passing<'a> {
+    /// Whether one that is to end the process takes too long: whoever sends another one then does not want to wait for it.
+    fn is_late(&self) -> bool {
+        self.0.iter().any(|sending| signals::cancels(sending.signal) && sending.since.elapsed() > SENT)
     }
 
-    /// Passes a signal on; whether it arrived.
-    async fn pass(&self, client: &Client, signal: Signal) -> bool {
-        if signal == Signal::SIGWINCH {
-            self.resize(client).await;
-            return true;
+    /// Passes a signal on, after those that came before. What waits of the same kind already comes once, as the kernel has it.
+    fn add(&mut self, client: &'a Client, path: &str, terminal: bool, signal: Signal) {
+        if self.0.iter().skip(1).any(|waiting| waiting.signal == signal) {
+            return;
         }
-        let kill = Kill { signal: signal as u8, all: false, stop: crate::signals::cancels(signal) };
-        client.act(Method::POST, &format!("{}/kill", self.path), Some(&kill)).await.is_ok()
+        let path = path.to_owned();
+        let arrival = async move {
+            if signal == Signal::SIGWINCH {
+                if terminal {
+                    resize(client, &path).await;
+                }
+                return true;
+            }
+            let kill = Kill { signal: signal as u8, all: false, stop: signals::cancels(signal) };
+            client.act(Method::POST, &format!("{path}/kill"), Some(&kill)).await.is_ok()
+        };
+        self.0.push_back(Sending { signal, since: Instant::now(), arrival: Box::pin(arrival) });
     }
+
+    /// Waits until the first one has arrived, or has not; gives one that has not and was to end the process.
+    async fn next(&mut self) -> Option<Signal> {
+        let first = self.0.front_mut()?;
+        let (signal, arrived) = (first.signal, first.arrival.as_mut().await);
+        self.0.pop_front();
+        (!arrived && signals::cancels(signal)).then_some(signal)
+    }
+}
+
+/// Sends a signal to the process of a path in the API; whether it arrived in time.
+pub async fn send(client: &Client, path: &str, kill: Kill) -> bool {
+    let path = format!("{path}/kill");
+    matches!(tokio::time::timeout(SENT, client.act(Method::POST, &path, Some(&kill))).await, Ok(Ok(())))
 }
 
 /// How following ended.

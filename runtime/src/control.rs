@@ -15,7 +15,7 @@ use hyper::Method;
 use thiserror::Error;
 use tokio::time::timeout;
 
-use crate::holders::{self, Outcome};
+use crate::holders::{self, Holder, Outcome};
 use crate::launch::last_error;
 use crate::lock::{is_free, wait_free};
 use crate::record::Record;
@@ -23,7 +23,7 @@ use crate::run::{CONFIG, NOTHING};
 use crate::state::{Found, RunRoot, StateError};
 
 /// How long a monitor may take to answer what it answers by itself.
-const ANSWER: Duration = Duration::from_secs(5);
+pub const ANSWER: Duration = Duration::from_secs(5);
 /// How long a monitor whose container has ended may take to end itself. Tests wait for it to pass.
 const GOODBYE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
 /// How long another command may take with a container that is to be removed by force.
@@ -46,6 +46,12 @@ pub enum ControlError {
     /// It does not live.
     #[error("container {name} is not running")]
     NotRunning {
+        /// What people call it.
+        name: String,
+    },
+    /// Its restart policy is about to start it again.
+    #[error("container {name} is restarting: wait until it runs")]
+    Restarting {
         /// What people call it.
         name: String,
     },
@@ -129,12 +135,16 @@ impl<'a> Control<'a> {
         self.found.record.shown_name().to_owned()
     }
 
-    /// Its path in the API, if it lives.
+    /// Its path in the API, if it lives and is not about to be started again: nobody would answer before that.
     ///
     /// # Errors
-    /// [`ControlError::NotRunning`].
+    /// [`ControlError::NotRunning`], [`ControlError::Restarting`].
     pub fn living(&self) -> Result<String, ControlError> {
-        if self.found.alive { Ok(self.path()) } else { Err(ControlError::NotRunning { name: self.name() }) }
+        match self.found.alive {
+            true if self.is_restarting() => Err(ControlError::Restarting { name: self.name() }),
+            true => Ok(self.path()),
+            false => Err(ControlError::NotRunning { name: self.name() }),
+        }
     }
 
     /// How it is: the monitor's word, or without one what it left.
@@ -173,7 +183,9 @@ impl<'a> Control<'a> {
         match timeout(ANSWER, self.client.get::<Container>(&self.path())).await {
             Ok(Ok(live)) => {
                 let (state, health) = (live.state.clone(), live.health.clone());
-                Status { health, live: Some(live), ..told(state, false) }
+                // One that says so is about to end.
+                let lingering = state.status == ContainerStatus::Exited && self.lingers().await;
+                Status { health, live: Some(live), lingering, ..told(state, false) }
             }
             answer => {
                 if let Some(end) = self.ended() {
@@ -261,19 +273,41 @@ impl<'a> Control<'a> {
         if signal == SIGKILL && !self.found.alive && self.lingers().await {
             return self.uncover();
         }
-        self.living()?;
+        let not_running = || ControlError::NotRunning { name: self.name() };
+        if !self.found.alive {
+            return Err(not_running());
+        }
         if let Some(end) = self.ended() {
             // The record is its monitor's word: what lives on with it has not ended.
-            if signal == SIGKILL && (self.restarts(&end) || !self.settle_now(GOODBYE)?) {
+            if signal == SIGKILL && (self.restarts(&end) || !self.settle_now().await?) {
                 return self.force();
             }
-            return Err(ControlError::NotRunning { name: self.name() });
+            return Err(not_running());
         }
         let stop = ENDING.contains(&signal) || signal == self.found.record.stop_signal;
+        let monitor = holders::monitor(&self.found.folder);
         match self.signal(signal, stop).await {
+            Ok(()) if signal == SIGKILL => self.see_off(monitor).await,
             Err(_) if signal == SIGKILL => self.end().await,
             sent => sent,
         }
+    }
+
+    /// Sees to it that a container has ended that was killed: that it was is the guest's word, and that it has ended the monitor's.
+    async fn see_off(&self, monitor: Option<Holder>) -> Result<(), ControlError> {
+        if self.told_end(ANSWER).await {
+            // What is there later may be another one, which was started meanwhile.
+            let gone = match monitor {
+                Some(monitor) => monitor.has_ended(GOODBYE),
+                None => self.settle_now().await?,
+            };
+            // With the record of an end and its lock it has something to deliver, or shows as lingering.
+            let delivers = || self.ended().is_some_and(|end| !self.restarts(&end)) && !is_free(&self.found.folder);
+            if gone || delivers() {
+                return Ok(());
+            }
+        }
+        self.end().await
     }
 
     /// Sends a signal; `stop` says that the container is meant to end of it.
@@ -323,14 +357,16 @@ impl<'a> Control<'a> {
 
     /// Waits for its end, and kills it when that takes too long; whether it has ended.
     async fn stopped(&self, grace: Option<Duration>) -> bool {
-        let wait = self.wait();
         let ended = match grace {
-            Some(grace) => timeout(grace, wait).await.is_ok_and(|ended| ended.is_ok()),
-            None => wait.await.is_ok(),
+            Some(grace) => self.told_end(grace).await,
+            None => self.wait().await.is_ok(),
         };
-        ended
-            || (self.signal(SIGKILL, true).await.is_ok()
-                && timeout(ANSWER, self.wait()).await.is_ok_and(|ended| ended.is_ok()))
+        ended || (self.signal(SIGKILL, true).await.is_ok() && self.told_end(ANSWER).await)
+    }
+
+    /// Whether its monitor tells its end in time.
+    async fn told_end(&self, patience: Duration) -> bool {
+        timeout(patience, self.wait()).await.is_ok_and(|ended| ended.is_ok())
     }
 
     /// Waits until it has ended, and gives how.
@@ -344,13 +380,11 @@ impl<'a> Control<'a> {
         match self.client.get(&format!("{}/wait", self.path())).await {
             Ok(state) => Ok(state),
             // Its monitor has ended between two looks, or was killed.
-            Err(ClientError::Gone(_) | ClientError::Connect { .. }) if !self.is_alive()? => Ok(self.gone().left()),
+            Err(ClientError::Gone(_) | ClientError::Connect { .. }) if self.settle_now().await? => {
+                Ok(self.gone().left())
+            }
             Err(error) => Err(error.into()),
         }
-    }
-
-    fn is_alive(&self) -> Result<bool, ControlError> {
-        self.settle_now(GOODBYE).map(|ended| !ended)
     }
 
     /// Ends its VM, and what would start it again: by asking, or else by force.
@@ -367,7 +401,7 @@ impl<'a> Control<'a> {
                 matches!(timeout(ANSWER, self.client.act(Method::POST, "/v1/vm/shutdown", NOTHING)).await, Ok(Ok(())))
             }
         };
-        if ending && self.settle_now(GOODBYE)? {
+        if ending && self.settle_now().await? {
             return Ok(());
         }
         self.force()
@@ -377,6 +411,7 @@ impl<'a> Control<'a> {
     fn force(&self) -> Result<(), ControlError> {
         let ended = holders::end(&self.found.folder);
         match ended.map_err(|source| ControlError::System { step: "end a monitor", source })? {
+            Outcome::Ended if holders::is_monitored(&self.found.folder) => self.uncover(),
             Outcome::Ended => Ok(()),
             Outcome::Undying(pid) => Err(ControlError::Undying { name: self.name(), pid: pid.as_raw_nonzero().get() }),
             Outcome::Busy => Err(ControlError::Busy { name: self.name() }),
@@ -385,7 +420,11 @@ impl<'a> Control<'a> {
 
     /// Kills whoever lives in its cgroup although nobody holds it: so does whoever takes it, to start or to remove it.
     fn uncover(&self) -> Result<(), ControlError> {
-        Ok(self.root.take(&self.found).map(drop)?)
+        match self.root.take(&self.found) {
+            Ok(_) => Ok(()),
+            Err(StateError::Alive { .. }) => Err(ControlError::Busy { name: self.name() }),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Waits for a monitor whose container has ended to be gone; whether it is.
@@ -400,12 +439,14 @@ impl<'a> Control<'a> {
         if restarting || lingering || state.status != ContainerStatus::Exited {
             return Ok(false);
         }
-        self.settle_now(GOODBYE)
+        self.settle_now().await
     }
 
-    fn settle_now(&self, patience: Duration) -> Result<bool, ControlError> {
-        let waited = wait_free(&self.found.folder, patience);
-        waited.map_err(|source| ControlError::System { step: "wait for a monitor's end", source })
+    /// As [`Control::settle`], of one that has said so. One that merely let go of its lock is not gone.
+    async fn settle_now(&self) -> Result<bool, ControlError> {
+        let waited = wait_free(&self.found.folder, GOODBYE);
+        let free = waited.map_err(|source| ControlError::System { step: "wait for a monitor's end", source })?;
+        Ok(free && !self.lingers().await)
     }
 
     /// Removes it with everything that is left of it; one that lives only with `force`.
@@ -434,7 +475,10 @@ impl<'a> Control<'a> {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::net::UnixListener;
     use std::process::Child;
+    use std::thread;
 
     use super::*;
     use crate::directory::tests::Inhabitant;
@@ -477,6 +521,59 @@ mod tests {
         assert!(matches!(wait(control.kill(15)), Err(ControlError::NotRunning { .. })));
         wait(control.kill(SIGKILL)).unwrap();
         assert_eq!(std::os::unix::process::ExitStatusExt::signal(&child.wait().unwrap()), Some(9));
+    }
+
+    /// Says over a container's socket that it has done what it was told to, and has ended.
+    fn lie(folder: &std::path::Path) {
+        let listener = UnixListener::bind(folder.join(api::client::SOCKET)).unwrap();
+        let state = ContainerState { status: ContainerStatus::Exited, exit_code: Some(0), ..ContainerState::default() };
+        let id = folder.file_name().unwrap().to_string_lossy().into_owned();
+        let (args, processes) = (Vec::new(), Vec::new());
+        let container = Container { id, state: state.clone(), args, terminal: false, health: None, processes };
+        thread::spawn(move || {
+            for client in listener.incoming() {
+                let mut client = client.unwrap();
+                let mut request = [0; 1024];
+                let count = client.read(&mut request).unwrap();
+                let request = String::from_utf8_lossy(&request[..count]).into_owned();
+                let (code, body) = match request.split_whitespace().nth(1).unwrap() {
+                    path if path.ends_with("/wait") => (200, serde_json::to_string(&state).unwrap()),
+                    _ if request.starts_with("POST") => (204, String::new()),
+                    _ => (200, serde_json::to_string(&container).unwrap()),
+                };
+                let length = body.len();
+                let head = format!("HTTP/1.1 {code} as you say\r\nConnection: close\r\nContent-Length: {length}\r\n");
+                client.write_all(format!("{head}\r\n{body}").as_bytes()).unwrap();
+            }
+        });
+    }
+
+    #[test]
+    fn a_monitor_that_only_says_that_its_container_has_ended_is_told_and_ended() {
+        for stop in [false, true] {
+            let (_temporary, root, found, mut child) = ended("alone");
+            fs::remove_file(found.monitor_folder().join(api::record::NAME)).unwrap();
+            lie(&found.folder);
+            let control = Control::new(&root, found);
+            let status = wait(control.status());
+            assert!(status.lingering && status.live.is_some(), "{status:?}");
+            if stop { wait(control.stop(15, None)) } else { wait(control.kill(SIGKILL)) }.unwrap();
+            assert_eq!(std::os::unix::process::ExitStatusExt::signal(&child.wait().unwrap()), Some(9));
+        }
+    }
+
+    #[test]
+    fn a_monitor_that_says_that_it_was_killed_is_ended_whatever_it_holds() {
+        for role in ["alone", "hidden"] {
+            let (_temporary, root, found, mut child) = ended("brief");
+            child.wait().unwrap();
+            fs::remove_file(found.folder.join(holders::tests::READY)).unwrap();
+            let Some(mut ghost) = Inhabitant::with(&found.folder, || inhabit(&found.folder, role)) else { return };
+            fs::remove_file(found.monitor_folder().join(api::record::NAME)).unwrap();
+            lie(&found.folder);
+            wait(Control::new(&root, found).kill(SIGKILL)).unwrap();
+            assert!(ghost.has_ended(), "{role}");
+        }
     }
 
     #[test]

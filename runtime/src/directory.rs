@@ -76,6 +76,14 @@ impl StateDirectory {
         self.path.join(api::folder::NAME)
     }
 
+    /// Removes what is left of the cgroup that it had, but for these folders: where it is started from another session, its group
+    /// is another one, and what stands in its document afterwards is all that is known of it.
+    pub fn forget_groups_but(&self, kept: &[PathBuf]) {
+        let groups: Vec<_> = cgroups(&self.path).into_iter().filter(|group| !kept.contains(group)).collect();
+        // Nobody lives in it: an empty folder is no reason not to start.
+        _ = cgroup::remove(&groups);
+    }
+
     /// Removes the record of the container's last end, which need not be there.
     pub fn forget_end(&self) {
         _ = fs::remove_file(self.monitor_folder().join(api::record::NAME));
@@ -192,6 +200,8 @@ pub(crate) mod tests {
     use jailer::cgroup::Bounds;
 
     use super::*;
+    use crate::spec::ContainerId;
+    use crate::state::RunRoot;
 
     /// A process in a cgroup, which is gone with this value, and stands in a container's document.
     pub(crate) struct Inhabitant {
@@ -249,6 +259,21 @@ pub(crate) mod tests {
             _ = self.child.wait();
             _ = cgroup::remove(&self.groups);
         }
+    }
+
+    #[test]
+    fn a_group_of_another_session_is_not_left_behind() {
+        let temporary = tempfile::tempdir().unwrap();
+        let root = RunRoot::open_at(&temporary.path().join("run")).unwrap();
+        let id = ContainerId::generate().unwrap();
+        let state = root.create(&id, None).unwrap();
+        let Some(mut inhabitant) = Inhabitant::new(state.path()) else { return };
+        inhabitant.child.kill().unwrap();
+        assert!(inhabitant.has_ended());
+        state.forget_groups_but(&inhabitant.groups);
+        assert!(inhabitant.has_a_group());
+        state.forget_groups_but(&[]);
+        assert!(!inhabitant.has_a_group());
     }
 
     #[test]

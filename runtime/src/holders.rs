@@ -45,8 +45,9 @@ pub enum Outcome {
     Busy,
 }
 
+/// A process that a container lives in.
 #[derive(Debug)]
-struct Holder {
+pub(crate) struct Holder {
     pid: Pid,
     process: OwnedFd,
 }
@@ -65,7 +66,8 @@ impl Holder {
         !self.has_ended(Duration::ZERO)
     }
 
-    fn has_ended(&self, patience: Duration) -> bool {
+    /// Whether it ends in time.
+    pub(crate) fn has_ended(&self, patience: Duration) -> bool {
         let mut ended = [PollFd::new(&self.process, PollFlags::IN)];
         let patience = Timespec::try_from(patience).ok();
         matches!(poll(&mut ended, patience.as_ref()), Ok(1))
@@ -109,6 +111,11 @@ fn entries(folder: &Path) -> impl Iterator<Item = PathBuf> + use<> {
     fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path())
 }
 
+/// The monitor of a container, if there is one that can be seen.
+pub(crate) fn monitor(folder: &Path) -> Option<Holder> {
+    Holder::find(&api::lock::open(folder).ok()??, Byte::Monitor)
+}
+
 /// Reads the jail of a container's monitor back from the kernel; `None` when there is no monitor, or it ends meanwhile.
 pub fn jail(folder: &Path) -> Option<InForce> {
     let lock = api::lock::open(folder).ok()??;
@@ -148,14 +155,8 @@ fn end_within(folder: &Path, patience: Duration) -> io::Result<Outcome> {
         // group it cannot leave.
         let mut trouble = None;
         if !found {
-            for holder in hidden(&lock) {
-                if !holder.kill(left().min(STEP)) {
-                    undying = Some(holder.pid);
-                }
-            }
-            match cgroup::clear(&cgroups(folder), left().min(STEP)) {
-                Ok(()) => {}
-                Err(JailError::Undying { pid, .. }) => undying = Pid::from_raw(pid),
+            match evict(&lock, folder, left().min(STEP)) {
+                Ok(pid) => undying = undying.or(pid),
                 Err(error) => trouble = Some(error),
             }
         }
@@ -168,6 +169,29 @@ fn end_within(folder: &Path, patience: Duration) -> io::Result<Outcome> {
             };
         }
     }
+}
+
+/// Kills those who hide: who has the lock file open in a pid namespace of his own, and who is in the container's group. Gives
+/// one who does not end.
+fn evict(lock: &File, folder: &Path, patience: Duration) -> Result<Option<Pid>, JailError> {
+    let mut undying = None;
+    for holder in hidden(lock) {
+        if !holder.kill(patience) {
+            undying = Some(holder.pid);
+        }
+    }
+    match cgroup::clear(&cgroups(folder), patience) {
+        Ok(()) => Ok(undying),
+        Err(JailError::Undying { pid, .. }) => Ok(Pid::from_raw(pid)),
+        Err(error) => Err(error),
+    }
+}
+
+/// Kills whoever is in the way of those who want a container that nobody lives in: a monitor that was taken over can share its
+/// lock instead of holding it, which nobody else does for longer than it takes to see that it is free.
+pub(crate) fn make_way(folder: &Path) -> io::Result<()> {
+    let Some(lock) = api::lock::open(folder)? else { return Ok(()) };
+    evict(&lock, folder, STEP).map(drop).map_err(io::Error::other)
 }
 
 /// Whether a container has a monitor: not merely somebody who holds it, as what starts a monitor again and other commands do.
@@ -207,7 +231,7 @@ pub(crate) mod tests {
     const FOLDER: &str = "HOLDERS_FOLDER";
     const ROLE: &str = "HOLDERS_ROLE";
     /// The file that says that it has its locks.
-    const READY: &str = "ready";
+    pub(crate) const READY: &str = "ready";
 
     fn copy(folder: &Path, role: &str) -> Command {
         let mut command = Command::new(std::env::current_exe().unwrap());
@@ -233,10 +257,13 @@ pub(crate) mod tests {
         }
         let live = move |folder: &Path| {
             let lock = File::options().read(true).write(true).open(folder.join(NAME)).unwrap();
-            if role != "hidden" {
+            if !matches!(role.as_str(), "hidden" | "sharing") {
                 api::lock::take(&lock, Byte::Monitor).unwrap();
             }
-            if role != "monitor" {
+            if role == "sharing" {
+                let shared = api::lock::region(libc::F_RDLCK, Byte::Life);
+                nix::fcntl::fcntl(&lock, nix::fcntl::FcntlArg::F_OFD_SETLK(&shared)).unwrap();
+            } else if role != "monitor" {
                 hold(&lock, Wait::Yes).unwrap();
             }
             // Somebody hears that it is there.

@@ -263,6 +263,7 @@ impl Container {
         let jail = JailConfig { cgroups: plan.folders(), ..JailConfig::default() };
         let bounds = jail.bounds(&vm);
         let restart = record.restart;
+        self.state.forget_groups_but(&jail.cgroups);
         let document = LaunchConfig { vm, container: Some(container), folder, restart, jail };
         let document = serde_json::to_vec(&document).map_err(RunError::Encode)?;
         let config = self.state.write(CONFIG, &document)?;

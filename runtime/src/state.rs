@@ -21,6 +21,7 @@ use rustix::io::Errno;
 use thiserror::Error;
 
 use crate::directory::{clear, sweep, write};
+use crate::holders;
 use crate::lock::{self, Wait};
 use crate::record::Record;
 use crate::run::CONFIG;
@@ -46,7 +47,7 @@ pub enum StateError {
     )]
     NoRunRoot,
     /// The run root is open to others.
-    #[error("the run root {} can be changed by others: give one that is yours alone, with mode 0700", path.display())]
+    #[error("the run root {} is open to others: give one that is yours alone, with mode 0700", path.display())]
     NotPrivate {
         /// Its path.
         path: PathBuf,
@@ -146,7 +147,7 @@ impl RunRoot {
         let open_failed = |errno: Errno| failed("open the run root", path)(errno.into());
         let directory = directory.map_err(open_failed)?;
         let stat = fstat(&directory).map_err(open_failed)?;
-        if stat.st_uid != rustix::process::geteuid().as_raw() || stat.st_mode & 0o022 != 0 {
+        if stat.st_uid != rustix::process::geteuid().as_raw() || stat.st_mode & 0o077 != 0 {
             return Err(StateError::NotPrivate { path: path.to_owned() });
         }
         Ok(Self { path: path.to_owned(), directory })
@@ -299,7 +300,12 @@ impl RunRoot {
     pub fn take(&self, found: &Found) -> Result<(StateDirectory, Record), StateError> {
         let id = &found.record.id;
         let missing = || StateError::NoSuchContainer { key: id.clone() };
-        let lock = self.lock(id, Wait::No, OFlags::empty()).map_err(|errno| match errno {
+        let mut lock = self.lock(id, Wait::No, OFlags::empty());
+        if matches!(lock, Err(Errno::AGAIN)) && !self.is_alive(id) {
+            holders::make_way(&found.folder).map_err(failed("end who is in the way of", &found.folder))?;
+            lock = self.lock(id, Wait::No, OFlags::empty());
+        }
+        let lock = lock.map_err(|errno| match errno {
             Errno::AGAIN => StateError::Alive { id: id.clone() },
             Errno::NOENT => missing(),
             errno => failed("lock", &found.folder)(errno.into()),
@@ -474,10 +480,14 @@ mod tests {
     }
 
     #[test]
-    fn a_run_root_that_others_can_change_is_refused() {
+    fn a_run_root_that_others_can_enter_is_refused() {
         let temporary = tempfile::tempdir().unwrap();
-        fs::set_permissions(temporary.path(), fs::Permissions::from_mode(0o777)).unwrap();
-        assert!(matches!(RunRoot::open_at(temporary.path()), Err(StateError::NotPrivate { .. })));
+        // Who can open it can lock it for ever.
+        for mode in [0o777, 0o755, 0o740, 0o701] {
+            fs::set_permissions(temporary.path(), fs::Permissions::from_mode(mode)).unwrap();
+            let opened = RunRoot::open_at(temporary.path());
+            assert!(matches!(opened, Err(StateError::NotPrivate { .. })), "{mode:o}: {opened:?}");
+        }
     }
 
     #[test]
@@ -561,6 +571,17 @@ mod tests {
                 assert!(found.folder.exists());
             }
         }
+    }
+
+    #[test]
+    fn whoever_shares_the_lock_instead_of_holding_it_is_ended_too() {
+        let (_temporary, root) = root();
+        let found = made(&root, None);
+        let start = || holders::tests::inhabit(&found.folder, "sharing");
+        let Some(mut ghost) = Inhabitant::with(&found.folder, start) else { return };
+        assert!(!root.is_alive(&found.record.id), "nobody holds it");
+        root.take(&found).unwrap();
+        assert!(ghost.has_ended());
     }
 
     #[test]

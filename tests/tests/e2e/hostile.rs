@@ -159,6 +159,16 @@ fn an_agent_that_dies_in_a_verb_ends_its_container() {
 }
 
 #[test]
+fn an_agent_that_only_says_that_it_kills_is_killed() {
+    let guest = Guest::new("signal", "deaf");
+    assert_eq!(guest.start(60).code(), 0, "{}", guest.case);
+    let ended = guest.verb(60, &["kill", "liar"]);
+    assert_eq!((ended.code(), ended.text()), (0, "liar\n"), "{ended:?}");
+    assert_eq!(guest.sandbox.monitors(), [0; 0], "{}", guest.case);
+    guest.can_be_removed();
+}
+
+#[test]
 fn an_agent_that_never_stops_holds_nothing_up() {
     for (point, trick) in [("running", "flood"), ("running", "silence"), ("signal", "streams"), ("running", "streams")]
     {
