@@ -73,7 +73,7 @@ pub fn prune(_args: &Prune) -> anyhow::Result<u8> {
         match runtime.block_on(control.remove(false)) {
             Ok(()) => text.push_str(&format!("Deleted: {id}\n")),
             // Another command was faster.
-            Err(ControlError::State(StateError::NoSuchContainer { .. })) => {}
+            Err(ControlError::State(StateError::NoSuchContainer { .. } | StateError::Alive { .. })) => {}
             Err(error) => failed(error.into()),
         }
     }

@@ -70,6 +70,7 @@ pub fn events(args: &Events) -> anyhow::Result<u8> {
             tasks: JoinSet::new(),
             served: HashMap::new(),
             watching: changes.is_some(),
+            code: 0,
         };
         for found in found {
             followers.add(found, followers.wanted.from);
@@ -89,13 +90,13 @@ pub fn events(args: &Events) -> anyhow::Result<u8> {
                     None => return followers.end().await,
                 },
                 Some(ended) = followers.tasks.join_next(), if !followers.tasks.is_empty() => {
-                    ended.context("a stream of events failed")??;
+                    followers.leave(ended.context("a stream of events failed")?);
                 }
                 Some(change) = next(&mut changes) => {
                     followers.hear(&root, change.context("cannot watch for new containers")?);
                 }
                 _ = &mut gone => return Ok(0),
-                () = &mut over => return Ok(0),
+                () = &mut over => return Ok(followers.code),
             }
         }
     })
@@ -110,10 +111,19 @@ struct Followers {
     wanted: Arc<Wanted>,
     /// Where what is to be shown goes; nothing once nobody can come any more.
     lines: Option<mpsc::Sender<String>>,
-    tasks: JoinSet<anyhow::Result<()>>,
+    tasks: JoinSet<Ended>,
     /// By id, where one is told that its container is started anew.
     served: HashMap<String, watch::Sender<()>>,
     watching: bool,
+    /// The exit code.
+    code: u8,
+}
+
+/// Whose events are not told any more, by id and name, and why.
+struct Ended {
+    id: String,
+    shown_name: String,
+    result: anyhow::Result<()>,
 }
 
 impl Followers {
@@ -131,7 +141,22 @@ impl Followers {
             is_restarted: found.record.restart.is_some(),
         };
         let follower = Follower { subject, wanted: Arc::clone(&self.wanted), lines, from, told_ns: 0 };
-        self.tasks.spawn(follower.run(self.watching.then_some(served)));
+        let served = self.watching.then_some(served);
+        self.tasks.spawn(async move {
+            let (id, shown_name) = (follower.subject.id.clone(), follower.subject.shown_name.clone());
+            Ended { id, shown_name, result: follower.run(served).await }
+        });
+    }
+
+    /// Lets one go. What a monitor says that makes no sense is no reason not to hear the others.
+    fn leave(&mut self, ended: Ended) {
+        if let Err(error) = ended.result {
+            let error = error.context(format!("the events of container {} are not told any more", ended.shown_name));
+            report::error(&format!("{error:#}"));
+            self.code = super::FAILED;
+            // It is heard again when it is started again.
+            self.served.remove(&ended.id);
+        }
     }
 
     fn hear(&mut self, root: &RunRoot, change: Change) {
@@ -152,9 +177,9 @@ impl Followers {
 
     async fn end(mut self) -> anyhow::Result<u8> {
         while let Some(ended) = self.tasks.join_next().await {
-            ended.context("a stream of events failed")??;
+            self.leave(ended.context("a stream of events failed")?);
         }
-        Ok(0)
+        Ok(self.code)
     }
 }
 
@@ -258,7 +283,7 @@ impl Follower {
             return Ok(what.await);
         }
         let answer = timeout(DEADLINE, what).await;
-        answer.with_context(|| format!("container {} does not answer", self.subject.shown_name))
+        answer.context("its monitor does not answer")
     }
 
     /// Tells of an event if it is wanted.

@@ -9,7 +9,7 @@ use api::control::{EXIT_FAILED, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND};
 use api::model::{Container, ContainerState, Process, ProcessCreate, Size, WaitResult};
 use api::server::problem::ProblemKind;
 use hyper::Method;
-use runtime::attach::{Attach as Streams, AttachError, Attached, Followed};
+use runtime::attach::{self, Attach as Streams, AttachError, Attached, Followed};
 use runtime::control::{Control, ControlError};
 use runtime::env_file;
 use runtime::request::EnvEntry;
@@ -71,7 +71,7 @@ pub fn exec(args: Exec) -> anyhow::Result<u8> {
         if matches!(followed, Followed::Unheard) {
             // It may have ended by now.
             let kill = api::model::Kill { signal: 9, all: false, stop: false };
-            _ = control.client.act(Method::POST, &format!("{process}/kill"), Some(&kill)).await;
+            _ = attach::send(&control.client, &process, kill).await;
         }
         Ok(followed)
     });

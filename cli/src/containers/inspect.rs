@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 
 use api::config::RestartPolicy;
 use api::model::{Container, ContainerState, Health, Vm};
-use runtime::control::Control;
+use runtime::control::{ANSWER, Control};
 use runtime::holders::{self, InForce};
 use runtime::record::Record;
 use runtime::state::RunRoot;
 use serde::Serialize;
+use tokio::time::timeout;
 
 use crate::args::{Inspect, Port};
 use crate::report;
@@ -62,7 +63,10 @@ pub fn inspect(args: &Inspect) -> anyhow::Result<u8> {
 
 async fn look(control: &Control<'_>) -> Known {
     let status = control.status().await;
-    let vm = if status.live.is_some() { control.client.get("/v1/vm").await.ok() } else { None };
+    let vm = match status.live {
+        Some(_) => timeout(ANSWER, control.client.get("/v1/vm")).await.ok().and_then(Result::ok),
+        None => None,
+    };
     let Record { id, name, image, image_id, created_ns, auto_remove, restart, stop_signal, labels, container, .. } =
         status.record;
     Known {

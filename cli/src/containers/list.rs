@@ -62,6 +62,18 @@ struct Asked {
     state: State,
 }
 
+impl Asked {
+    /// Whether there is a VM, whatever its monitor says of it.
+    fn has_vm(&self) -> bool {
+        let Status { lingering, live, .. } = &self.status;
+        match self.state {
+            State::Exited => *lingering,
+            State::Created => *lingering || live.is_some(),
+            _ => true,
+        }
+    }
+}
+
 /// Lists containers, newest first.
 pub fn ps(args: &Ps) -> anyhow::Result<u8> {
     let filters = args.filter.iter().map(|filter| Filter::parse(filter)).collect::<anyhow::Result<Vec<_>>>()?;
@@ -75,8 +87,7 @@ pub fn ps(args: &Ps) -> anyhow::Result<u8> {
         let mut rows = Vec::new();
         for asked in asked {
             let asked = asked.await?;
-            let runs = asked.status.lingering || !matches!(asked.state, State::Exited | State::Created);
-            if (runs || args.all || by_status) && take(&filters, |filter| filter.takes(&asked)) {
+            if (asked.has_vm() || args.all || by_status) && take(&filters, |filter| filter.takes(&asked)) {
                 rows.push(row(&asked));
             }
         }

@@ -17,7 +17,8 @@ pub fn logs(args: &Logs) -> anyhow::Result<u8> {
     let control = Control::find(&root, &args.container)?;
     let since_ns = args.since.map_or(0, |moment| moment.0);
     let tail = args.tail.0;
-    if control.found.alive {
+    // Nobody answers for one that waits to be started again, but what was written is in the files.
+    if control.found.alive && (args.follow || !control.is_restarting()) {
         let mut path = format!(
             "{}/logs?follow={}&timestamps={}&since_ns={since_ns}",
             control.path(),

@@ -131,7 +131,7 @@ fn a_monitor_that_hangs_is_told_and_holds_up_nobody_for_ever() {
     assert!(table.succeeded().contains("-- / --"), "{table:?}");
     let listed = sandbox.cofferdam(["ps", "--format", "name,state"]).end();
     assert_eq!(listed.succeeded(), "well\trunning\nstuck\tunresponsive\n");
-    stuck.verb("events", &["--no-follow"], &[]).end().failed(1, &["stuck does not answer"]);
+    stuck.verb("events", &["--no-follow"], &[]).end().failed(1, &["container stuck", "its monitor does not answer"]);
     kill(pid, Signal::CONT);
     assert_eq!(stuck.inspect("state.status"), "running");
     drop((stuck, well));
