@@ -45,6 +45,9 @@ impl Cache {
     }
 }
 
+/// The most ranges of files that are locked. Programs that lock parts of files have a few at a time.
+const LOCK_RANGES: usize = 1 << 14;
+
 /// How much the guest may hold. Each inode and each handle is a descriptor of this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
@@ -54,13 +57,15 @@ pub struct Limits {
     pub handles: usize,
     /// Open files that hold POSIX locks: one for each process and file.
     pub lock_owners: usize,
+    /// Ranges of files that are locked. Each is memory of the host's kernel that is charged to nobody.
+    pub lock_ranges: usize,
     /// Programs that wait for a lock at the same time, each with a thread of this process.
     pub lock_waiters: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { inodes: 1 << 16, handles: 1 << 12, lock_owners: 1 << 10, lock_waiters: 64 }
+        Self { inodes: 1 << 16, handles: 1 << 12, lock_owners: 1 << 10, lock_ranges: LOCK_RANGES, lock_waiters: 64 }
     }
 }
 

@@ -4,8 +4,13 @@
 //! description here, and its locks are that description's (`F_OFD_SETLK`). So the host's kernel arbitrates, and a file that is
 //! closed is unlocked. Who has to wait does so in a thread, which only tells that it is over: [`Locks::event`].
 //!
+//! The host's kernel keeps each range that is locked in memory of its own, charged to nobody: how many there are is counted and
+//! bounded.
+//!
 //! A wait cannot be called off. Its thread, which holds the open file, ends when it has the lock; after a reset it lets go of
 //! it at once.
+
+mod ranges;
 
 use std::collections::HashMap;
 use std::fmt::Debug;
@@ -21,6 +26,8 @@ use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
+use self::ranges::Ranges;
+use crate::export::Limits;
 use crate::handle::OpenFile;
 use crate::node::Node;
 
@@ -175,6 +182,17 @@ struct Named {
     owner: Arc<Owner>,
     /// The open file by which it has locked, if it is one alone.
     handle: Option<u64>,
+    ranges: Ranges,
+}
+
+/// A POSIX lock that is waited for.
+#[derive(Debug)]
+struct Awaited {
+    inode: u64,
+    process: u64,
+    range: libc::flock,
+    /// Whether its process has locked or unlocked something meanwhile: who knows whether before it was granted or afterwards.
+    disturbed: bool,
 }
 
 /// The locks of a guest.
@@ -183,21 +201,24 @@ pub struct Locks {
     /// By inode, then by process.
     owners: HashMap<u64, HashMap<u64, Named>>,
     count: usize,
-    max_owners: usize,
+    /// How many ranges they have locked.
+    ranges: usize,
+    awaited: HashMap<Ticket, Awaited>,
     over: Arc<Over>,
     next: Ticket,
-    max_threads: usize,
+    limits: Limits,
 }
 
 impl Locks {
-    /// No locks, and room for so many owners and so many that wait.
+    /// No locks, and room for as many as `limits` say.
     ///
     /// # Errors
     /// When the system has no descriptor left.
-    pub fn new(max_owners: usize, max_threads: usize) -> Result<Self, Errno> {
+    pub fn new(limits: Limits) -> Result<Self, Errno> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let over = Over { tickets: Mutex::default(), event, threads: AtomicUsize::new(0) };
-        Ok(Self { owners: HashMap::new(), count: 0, max_owners, over: Arc::new(over), next: 0, max_threads })
+        let (owners, awaited) = (HashMap::new(), HashMap::new());
+        Ok(Self { owners, count: 0, ranges: 0, awaited, over: Arc::new(over), next: 0, limits })
     }
 
     /// The descriptor that is readable when waits are over.
@@ -225,11 +246,11 @@ impl Locks {
             named.handle = named.handle.filter(|first| *first == handle);
             return Ok(Arc::clone(&named.owner));
         }
-        if self.count >= self.max_owners {
+        if self.count >= self.limits.lock_owners {
             return Err(Errno::NOLCK);
         }
         let owner = Arc::new(open()?);
-        let named = Named { owner: Arc::clone(&owner), handle: Some(handle) };
+        let named = Named { owner: Arc::clone(&owner), handle: Some(handle), ranges: Ranges::default() };
         self.owners.entry(inode).or_default().insert(process, named);
         self.count += 1;
         Ok(owner)
@@ -237,8 +258,10 @@ impl Locks {
 
     /// Releases all that a process has locked of an inode.
     pub fn release(&mut self, inode: u64, process: u64) {
+        self.disturb(inode, process);
         let Some(processes) = self.owners.get_mut(&inode) else { return };
-        let Some(Named { owner, .. }) = processes.get(&process) else { return };
+        let Some(Named { owner, ranges, .. }) = processes.get_mut(&process) else { return };
+        self.ranges -= ranges.clear();
         if Arc::strong_count(owner) > 1 {
             // It waits for more, which it will have by the same open file.
             if let Ok(everything) = range(&fuse_file_lock { end: i64::MAX.cast_unsigned(), ..UNLOCK }) {
@@ -268,14 +291,63 @@ impl Locks {
     pub fn forget(&mut self, inode: u64) {
         if let Some(processes) = self.owners.remove(&inode) {
             self.count -= processes.len();
+            self.ranges -= processes.values().map(|named| named.ranges.count()).sum::<usize>();
         }
     }
 
     /// Gives what holds the locks, to be released.
     pub(crate) fn take(&mut self) -> impl Send + Debug + use<> {
-        self.count = 0;
+        (self.count, self.ranges) = (0, 0);
+        // Who is granted one from now on is nobody that is known here.
+        self.awaited.clear();
         // Not another map, which would ask the system for randomness.
         self.owners.drain().collect::<Vec<_>>()
+    }
+
+    /// Whether a process may have a lock besides those that there are.
+    ///
+    /// # Errors
+    /// `ENOLCK` when more ranges might be locked then than may be.
+    pub fn check(&self, inode: u64, process: u64, range: &libc::flock) -> Result<(), Errno> {
+        let named = self.owners.get(&inode).and_then(|processes| processes.get(&process));
+        let growth = named.map_or(0, |named| named.ranges.growth(range));
+        if growth > 0 && self.ranges + growth > self.limits.lock_ranges { Err(Errno::NOLCK) } else { Ok(()) }
+    }
+
+    /// Notes that a process was granted a lock, or has let go of one.
+    pub fn granted(&mut self, inode: u64, process: u64, range: &libc::flock) {
+        self.disturb(inode, process);
+        if let Some(named) = self.owners.get_mut(&inode).and_then(|processes| processes.get_mut(&process)) {
+            self.ranges -= named.ranges.count();
+            named.ranges.note(range);
+            self.ranges += named.ranges.count();
+        }
+    }
+
+    fn disturb(&mut self, inode: u64, process: u64) {
+        for awaited in self.awaited.values_mut() {
+            awaited.disturbed |= (awaited.inode, awaited.process) == (inode, process);
+        }
+    }
+
+    /// Notes what was waited for, and gives what it has come to. Where nobody knows what the kernel has by now, it is locked once
+    /// more, as if what came meanwhile had come before; if that cannot be had any more, nothing of it is.
+    fn had(&mut self, Awaited { inode, process, mut range, disturbed }: Awaited) -> Result<(), Errno> {
+        let mut outcome = Ok(());
+        if disturbed && let Some(owner) = self.owner(inode, process) {
+            let again = Wanted::Range(Arc::clone(&owner), range).try_take();
+            if again.is_err() {
+                range.l_type = UNLOCK.type_ as i16;
+                outcome = control(owner.fd.as_fd(), FcntlArg::F_OFD_SETLK(&range)).and(Err(Errno::NOLCK));
+            }
+        }
+        self.granted(inode, process, &range);
+        outcome
+    }
+
+    /// Notes that a wait is for a lock of a process, which is noted when it is granted.
+    pub fn awaits(&mut self, ticket: Ticket, inode: u64, process: u64, range: libc::flock) {
+        self.awaited.insert(ticket, Awaited { inode, process, range, disturbed: false });
     }
 
     /// Makes [`Locks::event`] readable.
@@ -289,7 +361,7 @@ impl Locks {
     /// # Errors
     /// `ENOLCK` when as many wait as may, or the system has no thread left.
     pub fn wait(&mut self, wanted: Wanted) -> Result<Ticket, Errno> {
-        if self.over.threads.load(Ordering::Acquire) >= self.max_threads {
+        if self.over.threads.load(Ordering::Acquire) >= self.limits.lock_waiters {
             return Err(Errno::NOLCK);
         }
         self.over.threads.fetch_add(1, Ordering::AcqRel);
@@ -315,14 +387,27 @@ impl Locks {
     }
 
     /// The waits that are over since the last call.
-    pub fn over(&self) -> Vec<(Ticket, Result<(), Errno>)> {
+    pub fn over(&mut self) -> Vec<(Ticket, Result<(), Errno>)> {
         let _ = rustix::io::read(&self.over.event, &mut [0u8; 8]);
-        std::mem::take(&mut *self.over.tickets.lock().unwrap_or_else(PoisonError::into_inner))
+        let mut over = std::mem::take(&mut *self.over.tickets.lock().unwrap_or_else(PoisonError::into_inner));
+        for (ticket, outcome) in &mut over {
+            if let Some(awaited) = self.awaited.remove(ticket)
+                && outcome.is_ok()
+            {
+                *outcome = self.had(awaited);
+            }
+        }
+        over
     }
 
     /// How many processes have locks, each with an inode.
     pub(crate) fn owners(&self) -> usize {
         self.count
+    }
+
+    /// How many ranges are locked.
+    pub(crate) fn ranges(&self) -> usize {
+        self.ranges
     }
 
     /// How many wait.

@@ -4,6 +4,10 @@
 //! for before and after whatever can allocate: for directories, that is whatever makes, moves or removes a name. A file's space is
 //! credited when its last name was removed by the guest and nothing of the guest holds it any more: one that is removed and still
 //! open takes its space as before. Never is more credited than was added, so that removing what was there before gives no room.
+//!
+//! What a file takes is what the host's file system says of it. Overlayfs says the same of a file before and after it is copied
+//! to the upper layer, and file systems that share blocks between files the same of one whose blocks are its own by now: on
+//! those, what was there before may be taken once more.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -145,6 +149,14 @@ impl Account {
     /// What the system says.
     pub fn before(&self, file: impl AsFd) -> Result<Allowance, Errno> {
         Ok(Allowance { length: 0, before: taken(&stat(file)?) })
+    }
+
+    /// Whether there is room for what a file took since then.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn has_room_since(&self, file: impl AsFd, allowance: Allowance) -> Result<bool, Errno> {
+        Ok(taken(&stat(file)?).saturating_sub(allowance.before) <= self.bytes_left())
     }
 
     /// Counts what a file took or gave back since then.

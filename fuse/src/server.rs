@@ -87,7 +87,7 @@ impl Server {
             nodes: Nodes::new(limits.inodes, export.account.clone()),
             expects_held: false,
             handles: Handles::new(limits.handles),
-            locks: Locks::new(limits.lock_owners, limits.lock_waiters)?,
+            locks: Locks::new(limits)?,
             export,
             session: false,
             counters: Counters::default(),
@@ -174,19 +174,25 @@ impl Server {
     /// only system call is one that makes [`Server::event`] readable.
     pub fn reset(&mut self) {
         self.end_session();
+        // Nobody waits for an answer any more. The end of a session alone leaves it to the locks to be had.
+        self.waits.clear();
         self.locks.wake();
     }
 
     /// As [`Server::reset`], for the thread that serves, which lets go at once.
     pub(crate) fn end_session(&mut self) {
         self.session = false;
-        self.waits.clear();
         self.left.push(Box::new((self.handles.take(), self.nodes.take(), self.locks.take())));
     }
 
     /// Closes what was held before a reset. To be called by the thread that serves, before it serves anything else.
     pub fn let_go(&mut self) {
         self.left.clear();
+    }
+
+    /// How many bytes were written to files so far.
+    pub fn written_bytes(&self) -> u64 {
+        self.counters.written_bytes
     }
 
     /// What was counted, and what the guest holds now.
@@ -205,6 +211,7 @@ impl Server {
             ("lock_waits", counters.lock_waits),
             ("inodes", number(self.nodes.len())),
             ("handles", number(self.handles.len())),
+            ("lock_ranges", number(self.locks.ranges())),
             ("lock_waiters", number(self.locks.waiting())),
             ("added_bytes", self.export.account.as_ref().map_or(0, |account| account.bytes())),
         ]

@@ -24,7 +24,7 @@ const STEPS_MAX: usize = 200;
 /// What a guest may add, in bytes and inodes.
 const QUOTA: Quota = Quota { bytes: Some(256 << 10), inodes: Some(64) };
 /// What it may hold. One that waits for a lock never waits for another one, and so ends with what it waits for.
-const LIMITS: Limits = Limits { inodes: 16, handles: 16, lock_owners: 4, lock_waiters: 1 };
+const LIMITS: Limits = Limits { inodes: 16, handles: 16, lock_owners: 4, lock_ranges: 8, lock_waiters: 1 };
 
 /// What a guest can ask for; by their places in here, seeds know them.
 pub const OPERATIONS: [op; 45] = [

@@ -16,7 +16,6 @@ const ROOM_MAX: usize = 2;
 /// A message and the room for its reply.
 pub(super) struct GuestMessage<'m> {
     buffers: Buffers<'m>,
-    moved: u64,
 }
 
 impl<'m> GuestMessage<'m> {
@@ -25,7 +24,7 @@ impl<'m> GuestMessage<'m> {
     /// # Errors
     /// What is wrong with the chain.
     pub fn of(memory: &'m GuestMemory, chain: Chain<'m>) -> Result<Self, &'static str> {
-        Ok(Self { buffers: Buffers::of(memory, chain)?, moved: 0 })
+        Ok(Self { buffers: Buffers::of(memory, chain)? })
     }
 
     /// Writes a reply, behind whose header `data` bytes are in place already. Gives the length of both, or nothing where there
@@ -44,11 +43,6 @@ impl<'m> GuestMessage<'m> {
             reply = later;
         }
         u32::try_from(length).map_err(|_| "a reply is too long")
-    }
-
-    /// How many bytes of data were written to files.
-    pub fn moved(&self) -> u64 {
-        self.moved
     }
 }
 
@@ -78,9 +72,7 @@ impl Message for GuestMessage<'_> {
         flags: ReadWriteFlags,
     ) -> Result<usize, Errno> {
         let data = part(&self.buffers.readable, 0, length).ok_or(Errno::FAULT)?;
-        let written = write_at(file, &data, at, flags).map_err(error)?;
-        self.moved += written as u64;
-        Ok(written)
+        write_at(file, &data, at, flags).map_err(error)
     }
 }
 

@@ -124,18 +124,19 @@ impl Fs {
         let head = chain.head_index();
         let room = chain.clone();
         let mut message = GuestMessage::of(memory, chain).map_err(broken)?;
-        match self.server.serve(&mut message) {
-            Answer::Reply { reply, data } => {
-                let written = message.reply(reply, data).map_err(broken)?;
-                Ok((Served::Used(written), message.moved() + u64::from(written)))
-            }
-            Answer::Nothing => Ok((Served::Used(0), 0)),
+        let before = self.server.written_bytes();
+        let served = match self.server.serve(&mut message) {
+            Answer::Reply { reply, data } => Served::Used(message.reply(reply, data).map_err(broken)?),
+            Answer::Nothing => Served::Used(0),
             Answer::Waiting(ticket) => {
                 self.kept.insert(ticket, Kept { queue, head, reply: message::Room::of(room) });
-                Ok((Served::Kept, 0))
+                Served::Kept
             }
-            Answer::Malformed => Err(broken("a request has no header")),
-        }
+            Answer::Malformed => return Err(broken("a request has no header")),
+        };
+        let replied = if let Served::Used(length) = served { length } else { 0 };
+        // What was copied from file to file did not come through the queue.
+        Ok((served, self.server.written_bytes() - before + u64::from(replied)))
     }
 
     /// Returns the requests whose waits are over.

@@ -231,6 +231,21 @@ fn what_moves_is_limited_and_goes_on_when_the_time_has_come() {
 }
 
 #[test]
+fn what_is_copied_from_file_to_file_is_limited_too() {
+    let rate = Rate { size: 64 << 10, refill: Duration::from_secs(3600), burst: 0 };
+    let mut fixture = Fixture::new(Some(Limiter::new(Some(rate), None).unwrap()));
+    fs::write(fixture.folder.path().join("large"), vec![1; 1 << 20]).unwrap();
+    let ((from, fh_in), (to, fh_out)) = (fixture.open("large"), fixture.open("file"));
+    let copy =
+        abi::fuse_copy_file_range_in { fh_in, off_in: 0, nodeid_out: to, fh_out, off_out: 0, len: 1 << 20, flags: 0 };
+    let reply = fixture.ask(fuse_opcode::FUSE_COPY_FILE_RANGE, from, copy.as_bytes(), 4096).unwrap();
+    assert_eq!(parse::<abi::fuse_write_out>(&reply).size, 1 << 20);
+    fixture.offer(REQUESTS, fuse_opcode::FUSE_GETATTR, ROOT, &[0; 16], &[], 200);
+    fixture.driver.device.dispatch(Event::Queue(1));
+    assert_eq!((fixture.driver.used(REQUESTS), fixture.metric("throttled")), (None, 1));
+}
+
+#[test]
 fn a_reply_that_has_no_room_is_not_written() {
     let mut fixture = Fixture::new(None);
     let head = fixture.offer(REQUESTS, fuse_opcode::FUSE_GETATTR, ROOT, &[0; 16], &[], 8);

@@ -1,5 +1,6 @@
 //! LOOKUP, GETATTR, SETATTR, READLINK, ACCESS and STATFS.
 
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
 
 use fuse_abi::linux as abi;
@@ -188,14 +189,26 @@ impl Server {
         let account = self.export.account.clone();
         let before = account.as_ref().map(|account| account.before(node)).transpose()?;
         let opened = handle.and_then(|handle| self.handles.file(handle).ok());
-        match opened.filter(|file| file.is_writable() && file.node.key() == node.key()) {
-            Some(file) => rustix::fs::ftruncate(&file.fd, size)?,
-            None => rustix::fs::ftruncate(self.export.open(node, OFlags::WRONLY)?, size)?,
-        }
-        if let (Some(account), Some(before)) = (account, before) {
-            account.settle(node, before);
-        }
-        Ok(())
+        let opened = opened.filter(|file| file.is_writable() && file.node.key() == node.key());
+        let reopened;
+        let file = if let Some(file) = &opened {
+            file.fd.as_fd()
+        } else {
+            reopened = self.export.open(node, OFlags::WRONLY)?;
+            reopened.as_fd()
+        };
+        let (Some(account), Some(before)) = (account, before) else { return rustix::fs::ftruncate(file, size) };
+        let old_size = stat(node)?.stx_size;
+        let outcome = rustix::fs::ftruncate(file, size).and_then(|()| {
+            // Where a file has no holes, growing it takes the space at once.
+            if size <= old_size || account.has_room_since(node, before)? {
+                return Ok(());
+            }
+            rustix::fs::ftruncate(file, old_size)?;
+            Err(Errno::NOSPC)
+        });
+        account.settle(node, before);
+        outcome
     }
 
     pub(super) fn readlink(&mut self, call: Call<'_>) -> Outcome {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use fuse_abi::linux as abi;
+use nix::libc::flock;
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
@@ -56,7 +57,11 @@ impl Server {
         self.check_locks()?;
         let kind = kind(&request.lk)?;
         if request.lk_flags & abi::FUSE_LK_FLOCK != 0 {
-            return self.take_lock(Wanted::Whole(self.handles.file(request.fh)?, kind), wait);
+            let wanted = Wanted::Whole(self.handles.file(request.fh)?, kind);
+            return match wanted.try_take() {
+                Err(Errno::AGAIN) if wait => self.locks.wait(wanted).map(Done::Waiting),
+                outcome => outcome.map(|()| Done::Reply),
+            };
         }
         let (inode, range) = (call.header.nodeid, range(&request.lk)?);
         let known = self.locks.owner(inode, request.owner);
@@ -66,7 +71,7 @@ impl Server {
             (Kind::Unlock, None) => return Ok(Done::Reply),
             _ => self.lock_owner(inode, request.owner, request.fh)?,
         };
-        let outcome = self.take_lock(Wanted::Range(owner, range), wait);
+        let outcome = self.take_range(owner, (inode, request.owner), range, wait);
         let has_none = match kind {
             Kind::Unlock => outcome.is_ok() && (range.l_start, range.l_len) == (0, 0),
             _ => outcome.is_err() && is_new,
@@ -78,10 +83,20 @@ impl Server {
         outcome
     }
 
-    fn take_lock(&mut self, wanted: Wanted, wait: bool) -> Outcome {
+    fn take_range(&mut self, owner: Arc<Owner>, (inode, process): (u64, u64), range: flock, wait: bool) -> Outcome {
+        self.locks.check(inode, process, &range)?;
+        let wanted = Wanted::Range(owner, range);
         match wanted.try_take() {
-            Err(Errno::AGAIN | Errno::ACCESS) if wait => self.locks.wait(wanted).map(Done::Waiting),
-            outcome => outcome.map(|()| Done::Reply),
+            Ok(()) => {
+                self.locks.granted(inode, process, &range);
+                Ok(Done::Reply)
+            }
+            Err(Errno::AGAIN | Errno::ACCESS) if wait => {
+                let ticket = self.locks.wait(wanted)?;
+                self.locks.awaits(ticket, inode, process, range);
+                Ok(Done::Waiting(ticket))
+            }
+            Err(error) => Err(error),
         }
     }
 }

@@ -65,7 +65,7 @@ proptest! {
         fs::create_dir(host.path("folder")).unwrap();
         fs::write(host.path("file"), "content").unwrap();
         symlink("../secret", host.path("link")).unwrap();
-        let limits = Limits { inodes: 8, handles: 8, lock_owners: 4, lock_waiters: 2 };
+        let limits = Limits { inodes: 8, handles: 8, lock_owners: 4, lock_ranges: 8, lock_waiters: 2 };
         let bytes = quota.then_some(1 << 20);
         let quota = Quota { bytes, inodes: None };
         let mut client = host.client(Options { read_only, quota, limits, xattrs: true, ..Options::default() });

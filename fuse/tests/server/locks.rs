@@ -265,6 +265,72 @@ fn only_so_many_wait_and_only_so_many_hold() {
 }
 
 #[test]
+fn only_so_many_ranges_are_locked() {
+    let host = Host::new();
+    let limits = fuse::Limits { lock_ranges: 4, lock_waiters: 1, ..fuse::Limits::default() };
+    let options = Options { limits, ..Options::default() };
+    let (mut one, mut other) = (Guest::new(&host, options), Guest::new(&host, options));
+    let fill = |guest: &mut Guest| {
+        for start in 0..4 {
+            guest.lock(start % 2, READ, (10 * start, 10 * start + 4)).unwrap();
+        }
+        assert_eq!(guest.client.metric("lock_ranges"), 4);
+        assert_eq!(guest.lock(1, READ, (100, 100)), Err(libc::ENOLCK));
+        assert_eq!(guest.lock(0, UNLOCK, (2, 2)), Err(libc::ENOLCK), "it would be two");
+    };
+    fill(&mut one);
+    one.lock(0, UNLOCK, (0, 4)).unwrap();
+    one.lock(1, READ, (100, 100)).unwrap();
+    // Those of a process go with its file, and those of a guest with its session.
+    one.flush(0);
+    one.flush(1);
+    fill(&mut one);
+    one.client.server.reset();
+    one.client.server.let_go();
+    assert_eq!(one.client.metric("lock_ranges"), 0);
+    // What was waited for counts from when it is granted.
+    other.lock(7, WRITE, (0, END)).unwrap();
+    let mut one = Guest::new(&host, options);
+    assert!(matches!(one.wait(1, READ, false), Ok(Ended::Waiting(_))));
+    assert_eq!(one.client.metric("lock_ranges"), 0);
+    other.lock(7, UNLOCK, (0, END)).unwrap();
+    assert_eq!(one.over().len(), 1);
+    assert_eq!(one.client.metric("lock_ranges"), 1);
+}
+
+#[test]
+fn what_is_let_go_of_while_a_lock_is_granted_counts() {
+    let (_host, mut one, mut other) = two();
+    for turn in 0..20 {
+        one.lock(1, WRITE, (0, 2000)).unwrap();
+        let Ok(Ended::Waiting(ticket)) = other.wait(2, READ, false) else { panic!("it is locked") };
+        // From here on it may be granted, which is not known before it is asked for.
+        one.lock(1, UNLOCK, (0, END)).unwrap();
+        for byte in 0..100 {
+            other.lock(2, UNLOCK, (2 * byte + 1, 2 * byte + 1)).unwrap();
+        }
+        assert_eq!(other.over(), [(ticket, 0)], "{turn}");
+        assert_eq!(other.client.metric("lock_ranges"), 1);
+        assert_eq!(one.lock(1, WRITE, (1, 1)), Err(libc::EAGAIN), "all of it is locked");
+        other.lock(2, UNLOCK, (0, END)).unwrap();
+        one.lock(1, WRITE, (0, END)).unwrap();
+        one.lock(1, UNLOCK, (0, END)).unwrap();
+    }
+}
+
+#[test]
+fn a_request_that_waits_is_returned_also_in_another_session() {
+    let (_host, mut one, mut other) = two();
+    other.flock(WRITE).unwrap();
+    let Ok(Ended::Waiting(ticket)) = one.wait(0, WRITE, true) else { panic!("it is locked") };
+    one.client.init();
+    other.flock(UNLOCK).unwrap();
+    assert_eq!(one.over(), [(ticket, 0)]);
+    // The file that it was for was closed with the session.
+    other.flock(WRITE).unwrap();
+}
+
+#[test]
 fn a_read_only_export_can_be_locked_for_reading_and_with_flock() {
     let host = Host::new();
     let mut guest = Guest::new(&host, Options::default());

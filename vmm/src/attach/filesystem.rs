@@ -67,6 +67,7 @@ fn limits_of(filesystems: &[FilesystemConfig], descriptors: u64) -> Vec<Limits> 
         inodes: part(config.inodes()),
         handles: part(config.handles()),
         lock_owners: part(LOCK_OWNERS),
+        lock_ranges: Limits::default().lock_ranges,
         lock_waiters: usize::try_from(LOCK_WAITERS).unwrap_or(usize::MAX),
     };
     filesystems.iter().map(limits).collect()
