@@ -208,8 +208,8 @@ pub trait VirtioDevice: Send {
         Vec::new()
     }
 
-    /// The guest has ended: limits of how much it may move do not hold for what it already handed over. Called once, after
-    /// the last vCPU stopped and before the queues are looked at a last time.
+    /// The guest has ended: limits of how much it may move do not hold for what it already handed over. Called once, before the
+    /// queues are looked at a last time.
     fn hurry(&mut self) {}
 
     /// Delivers what the guest already handed over. Waits for slow receivers, but for all of them together no longer than a

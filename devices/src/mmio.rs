@@ -169,6 +169,12 @@ impl MmioDevice {
         self.device.flush();
     }
 
+    /// Waits for what a disk is doing. What it has not begun is lost, as when the power fails: it may be more than anybody
+    /// would wait for.
+    pub fn drain(&mut self) {
+        self.device.flush();
+    }
+
     /// Brings what is under way to an end and gives what is kept of the device, which goes on as before. Its vCPUs must stand
     /// still, and the event loop must not call it meanwhile.
     ///

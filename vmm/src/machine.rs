@@ -266,8 +266,11 @@ impl Machine {
 
     /// Delivers what the guest handed over before it ended, waiting for slow receivers and for disks.
     pub fn flush(&self) {
-        for device in self.devices_in(Loop::Shared).chain(self.devices_in(Loop::Disk)) {
+        for device in self.devices_in(Loop::Shared) {
             lock(device).flush();
+        }
+        for device in self.devices_in(Loop::Disk) {
+            lock(device).drain();
         }
         // Last: what it was given may end within a line. Fails when nobody watches any more.
         let _ = self.console.clone().flush();

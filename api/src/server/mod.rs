@@ -312,6 +312,8 @@ enum First {
 async fn hurry(context: Shared, guest_ended: GuestEnded) {
     // The other end is only ever dropped.
     let _ = guest_ended.0.await;
+    // It was one of its vCPUs that has ended.
+    context.machine.pause();
     context.guest_over.send_replace(true);
     context.finish_streams().await;
 }

@@ -33,6 +33,7 @@ mod tests;
 mod transmit;
 
 use std::ffi::c_uint;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net::{
@@ -59,6 +60,8 @@ const FRAME_MAX: usize = HEADER + 18 + 65_535;
 const BUDGET: usize = 64;
 /// The control queue: a command at a time is what drivers send.
 const CONTROL_SIZE: u16 = 64;
+/// The least time between two changes of what the tap may leave undone.
+const BETWEEN_AGREEMENTS: Duration = Duration::from_millis(100);
 
 /// What frames for the guest may have left undone: the driver's feature, and the tap's word for it.
 const GUEST_OFFLOADS: [(u32, c_uint); 5] = [
@@ -104,6 +107,8 @@ pub struct Net {
     pairs: usize,
     /// What the tap was told that it may leave undone.
     offload: c_uint,
+    /// When it was told that.
+    agreed_at: Option<Instant>,
     counters: Counters,
 }
 
@@ -121,6 +126,7 @@ struct Counters {
     tap_errors: u64,
     commands: u64,
     refused_commands: u64,
+    offload_changes: u64,
 }
 
 impl Net {
@@ -154,6 +160,7 @@ impl Net {
             acknowledged: 0,
             pairs: 1,
             offload: 0,
+            agreed_at: None,
             counters: Counters::default(),
         }
     }
@@ -162,7 +169,8 @@ impl Net {
         has(self.acknowledged, feature)
     }
 
-    /// Tells the tap what it may leave undone for this driver. Here and not when the driver is ready: that comes from a
+    /// Tells the tap what it may leave undone for this driver. That takes a lock of the host's whole network and is told to all who
+    /// watch interfaces there: one driver after another waits for it, and meanwhile what it cannot take is dropped. Here and not when the driver is ready: that comes from a
     /// vCPU, which may touch no tap.
     fn agree(&mut self) {
         let mut offload = 0;
@@ -171,9 +179,11 @@ impl Net {
             offload = agreed.fold(0, |all, (_, offload)| all | offload);
         }
         if self.offload != offload
+            && self.agreed_at.is_none_or(|then| then.elapsed() >= BETWEEN_AGREEMENTS)
             && let Some(tap) = self.taps.first()
         {
-            self.offload = offload;
+            (self.offload, self.agreed_at) = (offload, Some(Instant::now()));
+            self.counters.offload_changes += 1;
             // A tap that does more than it may: such frames are dropped one by one.
             self.counters.tap_errors += u64::from(tap.set_offload(offload).is_err());
         }
@@ -330,10 +340,11 @@ impl VirtioDevice for Net {
     }
 
     fn metrics(&self) -> Vec<(&'static str, u64)> {
-        let Counters { tap_errors, commands, refused_commands } = self.counters;
+        let Counters { tap_errors, commands, refused_commands, offload_changes } = self.counters;
         let mut metrics = self.receiver.metrics().to_vec();
         metrics.extend(self.transmitter.metrics());
         metrics.extend([("tap_errors", tap_errors), ("commands", commands), ("refused_commands", refused_commands)]);
+        metrics.push(("offload_changes", offload_changes));
         metrics
     }
 }

@@ -35,6 +35,29 @@ fn commands_are_answered_whatever_they_are() {
     assert!(guest.is_broken());
 }
 
+#[test]
+fn drivers_that_come_and_go_do_not_occupy_the_hosts_network() {
+    let mut guest = Guest::new(tap(1), options(), GUEST_TSO4);
+    let began = Instant::now();
+    for turn in 0..1000 {
+        guest.driver.write(0x70, 0);
+        guest.driver = guest.driver.start_with(if turn % 2 == 0 { 0 } else { GUEST_TSO4 });
+        guest.kick(1);
+    }
+    let most = began.elapsed().as_millis() as u64 / 100 + 2;
+    assert!((1..=most).contains(&guest.metric("offload_changes")), "{}", guest.metric("offload_changes"));
+    // What is agreed to later holds.
+    let mut changes = Vec::new();
+    for features in [0, GUEST_TSO4] {
+        std::thread::sleep(Duration::from_millis(100));
+        guest.driver.write(0x70, 0);
+        guest.driver = guest.driver.start_with(features);
+        guest.kick(1);
+        changes.push(guest.metric("offload_changes"));
+    }
+    assert_eq!(changes[1], changes[0] + 1);
+}
+
 /// A datagram of one of many flows, enough for all queues of a tap.
 fn datagram(port: u8) -> Vec<u8> {
     let mut packet = [&MAC[..], &HOST_MAC, &[8, 0, 0x45, 0, 0, 32, 0, 1, 0x40, 0, 64, 17, 0, 0]].concat();
