@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use oci_client::secrets::RegistryAuth;
 use serde::Deserialize;
 
 use super::files::open_regular;
@@ -15,11 +14,18 @@ use crate::limits::DOCUMENT_BYTES_MAX;
 
 #[derive(Deserialize)]
 struct DockerConfig {
-    auths: Option<BTreeMap<String, Login>>,
+    auths: Option<BTreeMap<String, Entry>>,
+}
+
+/// Who to be for a registry.
+#[derive(Clone, PartialEq, Eq)]
+pub(super) struct Login {
+    pub(super) user: String,
+    pub(super) password: String,
 }
 
 #[derive(Deserialize)]
-struct Login {
+struct Entry {
     /// Base64 of `USER:PASSWORD`.
     auth: Option<String>,
 }
@@ -31,14 +37,14 @@ pub(super) fn default_file() -> Option<PathBuf> {
     Some(directory.join("config.json"))
 }
 
-/// The login for a registry; anonymous if the file has none or is not there.
+/// The login for a registry; none if the file has none or is not there.
 ///
 /// # Errors
 /// The file can't be read, or the login in it is malformed.
-pub(super) fn load(file: &Path, registry: &str) -> Result<RegistryAuth, Error> {
+pub(super) fn load(file: &Path, registry: &str) -> Result<Option<Login>, Error> {
     let (file_handle, bytes) = match open_regular(file) {
         Ok(opened) => opened,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(RegistryAuth::Anonymous),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error).during("open", file),
     };
     let what = || format!("the login file {}", file.display());
@@ -55,14 +61,14 @@ pub(super) fn load(file: &Path, registry: &str) -> Result<RegistryAuth, Error> {
     };
     let auths = config.auths.unwrap_or_default();
     let login = names.iter().find_map(|name| auths.get(name)?.auth.as_deref());
-    let Some(login) = login.filter(|login| !login.is_empty()) else { return Ok(RegistryAuth::Anonymous) };
+    let Some(login) = login.filter(|login| !login.is_empty()) else { return Ok(None) };
     let decoded = STANDARD.decode(login).ok().and_then(|bytes| String::from_utf8(bytes).ok());
     let pair = decoded.as_deref().and_then(|text| text.split_once(':'));
     let (user, password) = pair.ok_or_else(|| Error::Malformed {
         what: what(),
         reason: format!("the login for {registry} is not base64 of USER:PASSWORD"),
     })?;
-    Ok(RegistryAuth::Basic(user.to_owned(), password.to_owned()))
+    Ok(Some(Login { user: user.to_owned(), password: password.to_owned() }))
 }
 
 #[cfg(test)]
@@ -73,17 +79,17 @@ mod tests {
     fn logins_are_found_by_registry() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("config.json");
-        assert!(matches!(load(&file, "a:1").unwrap(), RegistryAuth::Anonymous));
+        assert!(load(&file, "a:1").unwrap().is_none());
         let json = r#"{"auths":{"a:1":{"auth":"dXNlcjpwYTpzcw=="},"https://index.docker.io/v1/":{"auth":"dTpw"},
             "bad":{"auth":"!"},"helper":{}},"credsStore":"x"}"#;
         std::fs::write(&file, json).unwrap();
-        let basic = |registry| match load(&file, registry).unwrap() {
-            RegistryAuth::Basic(user, password) => (user, password),
-            other => panic!("{other:?}"),
+        let basic = |registry| {
+            let Login { user, password } = load(&file, registry).unwrap().unwrap();
+            (user, password)
         };
         assert_eq!(basic("a:1"), ("user".to_owned(), "pa:ss".to_owned()));
         assert_eq!(basic("docker.io"), ("u".to_owned(), "p".to_owned()));
-        assert!(matches!(load(&file, "helper").unwrap(), RegistryAuth::Anonymous));
+        assert!(load(&file, "helper").unwrap().is_none());
         assert!(load(&file, "bad").is_err());
     }
 }

@@ -1,10 +1,11 @@
 //! Registries (OCI Distribution Specification, "Pull"). The network runs on one thread, with an asynchronous
 //! runtime that exists only while something is pulled; layers are unpacked on the caller's thread meanwhile.
 //!
-//! The crate oci-client speaks the token protocol. Manifests and blobs are requested here, because the crate reads
-//! manifests and the text of errors into memory whatever their size.
+//! Everything is requested here, not by the crate oci-client, because that reads manifests, tokens and the text of errors into
+//! memory whatever their size.
 
 mod download;
+mod login;
 
 use std::collections::BTreeMap;
 use std::error::Error as StdError;
@@ -12,19 +13,14 @@ use std::path::PathBuf;
 use std::sync::{Once, mpsc};
 use std::time::Duration;
 
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
-use oci_client::RegistryOperation;
-use oci_client::client::{ClientConfig, ClientProtocol};
-use oci_client::errors::OciDistributionError;
-use oci_client::secrets::RegistryAuth;
 use reqwest::header::{ACCEPT, AUTHORIZATION, HeaderValue, RANGE};
-use reqwest::{Response, StatusCode};
+use reqwest::{Response, StatusCode, Url};
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
 
 use self::download::{Downloads, PARALLEL};
-use super::{Apply, LayerRef, Resolved, Source, credentials};
+use super::credentials::{self, Login};
+use super::{Apply, LayerRef, Resolved, Source};
 use crate::config::ParsedConfig;
 use crate::digest::Digest;
 use crate::error::Error;
@@ -69,11 +65,9 @@ struct RegistrySource {
 
 /// One registry and one repository of it.
 pub(super) struct Connection {
-    client: oci_client::Client,
     http: reqwest::Client,
-    image: oci_client::Reference,
     reference: RegistryReference,
-    login: RegistryAuth,
+    login: Option<Login>,
     /// What the registry accepted last.
     authorization: tokio::sync::Mutex<Option<HeaderValue>>,
 }
@@ -112,13 +106,6 @@ impl Connection {
             what: "anything".to_owned(),
             source,
         };
-        let client = oci_client::Client::try_from(ClientConfig {
-            protocol: if reference.is_loopback() { ClientProtocol::Http } else { ClientProtocol::Https },
-            connect_timeout: Some(options.connect_timeout),
-            read_timeout: Some(options.stall_timeout),
-            user_agent: USER_AGENT,
-            ..ClientConfig::default()
-        });
         let mut http = reqwest::Client::builder()
             .connect_timeout(options.connect_timeout)
             .read_timeout(options.stall_timeout)
@@ -128,19 +115,12 @@ impl Connection {
             http = http.no_proxy();
         }
         let http = http.build();
-        let (name, repository) = (reference.registry().to_owned(), reference.repository().to_owned());
-        let image = match (reference.digest(), reference.tag()) {
-            (Some(digest), _) => oci_client::Reference::with_digest(name, repository, digest.to_string()),
-            (None, tag) => oci_client::Reference::with_tag(name, repository, tag.unwrap_or("latest").to_owned()),
-        };
         let login = match options.login_file.clone().or_else(credentials::default_file) {
             Some(file) => credentials::load(&file, reference.registry())?,
-            None => RegistryAuth::Anonymous,
+            None => None,
         };
         Ok(Connection {
-            client: client.map_err(|error| failed(error.into()))?,
             http: http.map_err(|error| failed(error.into()))?,
-            image,
             reference: reference.clone(),
             login,
             authorization: tokio::sync::Mutex::new(None),
@@ -205,18 +185,24 @@ impl Connection {
     /// token ran out in the middle of a pull. The body is not read yet.
     async fn get(&self, path: &str, offset: u64, what: &str) -> Result<Response, Error> {
         let scheme = if self.reference.is_loopback() { "http" } else { "https" };
-        let (host, repository) = (self.image.resolve_registry(), self.reference.repository());
+        // The one registry whose images have another name than its host.
+        let host = if self.reference.registry() == "docker.io" { "index.docker.io" } else { self.reference.registry() };
+        let repository = self.reference.repository();
         let url = format!("{scheme}://{host}/v2/{repository}/{path}");
         let sent = self.authorization.lock().await.clone();
         let response = self.request(&url, offset, sent.clone(), what).await?;
         if response.status() != StatusCode::UNAUTHORIZED {
             return Ok(response);
         }
+        // Whoever it redirects to does not say where the login goes.
+        if !Url::parse(&url).is_ok_and(|asked| asked.origin() == response.url().origin()) {
+            return Err(self.denied());
+        }
         let renewed = {
             let mut authorization = self.authorization.lock().await;
             // Of several downloads that are refused at once, one logs in; the others use what it got.
             if *authorization == sent {
-                *authorization = Some(self.log_in().await?);
+                *authorization = Some(self.log_in(response.headers()).await?);
             }
             authorization.clone()
         };
@@ -238,21 +224,6 @@ impl Connection {
             request = request.header(AUTHORIZATION, header);
         }
         request.send().await.map_err(|error| self.request_error(what, error))
-    }
-
-    /// Gets a token for the repository, or the login itself, whatever the registry asks for.
-    async fn log_in(&self) -> Result<HeaderValue, Error> {
-        let token = self.client.auth(&self.image, &self.login, RegistryOperation::Pull).await;
-        let text = match (token.map_err(|error| self.login_error(error))?, &self.login) {
-            (Some(token), _) => format!("Bearer {token}"),
-            (None, RegistryAuth::Basic(user, password)) => {
-                format!("Basic {}", STANDARD.encode(format!("{user}:{password}")))
-            }
-            (None, _) => return Err(self.denied()),
-        };
-        let mut header = HeaderValue::try_from(text).map_err(|error| self.transfer("a login token", error.into()))?;
-        header.set_sensitive(true);
-        Ok(header)
     }
 
     fn check_status(&self, status: StatusCode, what: &str) -> Result<(), Error> {
@@ -279,17 +250,6 @@ impl Connection {
             return Error::Unreachable { registry, source: error.without_url().into() };
         }
         self.transfer(what, error.without_url().into())
-    }
-
-    fn login_error(&self, error: OciDistributionError) -> Error {
-        match error {
-            OciDistributionError::RequestError(error) => self.request_error("a login token", error),
-            // What the registry said is its text, of any length and with any characters: left out.
-            OciDistributionError::UnauthorizedError { .. } | OciDistributionError::AuthenticationFailure(_) => {
-                self.denied()
-            }
-            other => self.transfer("a login token", other.into()),
-        }
     }
 
     fn transfer(&self, what: &str, source: Box<dyn StdError + Send + Sync>) -> Error {

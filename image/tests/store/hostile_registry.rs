@@ -87,6 +87,15 @@ fn answers_without_end_are_cut_off() {
     assert!(text.contains("more than the limit of 4194304"), "{text}");
     let text = refused(&endless("500 Internal Server Error"));
     assert!(text.contains("answered 500 to the request for manifest"), "{text}");
+    for status in ["200 OK", "403 Forbidden"] {
+        let tokens = endless(status);
+        let text = refused(&serve(move |_, stream| {
+            let realm = format!("WWW-Authenticate: Bearer realm=\"http://{tokens}/token\"\r\n");
+            reply(stream, "401 Unauthorized", &realm, b"")
+        }));
+        let expected = if status == "200 OK" { "more than the limit of 1048576" } else { "refuses access to `a`" };
+        assert!(text.contains(expected), "{text}");
+    }
     let image = five_layers();
     let layer = image.layers[2].to_string();
     let address = serve(move |request, stream| {
@@ -134,6 +143,30 @@ fn nonsense_is_an_error() {
     let text =
         refused(&serve(|_, stream| reply(stream, "401 Unauthorized", "WWW-Authenticate: Basic realm=\"x\"\r\n", b"")));
     assert!(text.contains("refuses access to `a`"), "{text}");
+}
+
+#[test]
+fn a_login_goes_where_the_registry_says_and_nobody_else() {
+    let asked = std::sync::Arc::new(Mutex::new(Vec::new()));
+    let notes = std::sync::Arc::clone(&asked);
+    let thief = serve(move |request, stream| {
+        notes.lock().unwrap().extend(request.header("authorization").map(str::to_owned));
+        let host = request.header("host").unwrap_or_default();
+        let realm = format!("WWW-Authenticate: Bearer realm=\"http://{host}/token\"\r\n");
+        reply(stream, "401 Unauthorized", &realm, b"")
+    });
+    let address = serve(move |_, stream| {
+        reply(stream, "307 Temporary Redirect", &format!("Location: http://{thief}/a\r\n"), b"")
+    });
+    let fixture = Fixture::new();
+    let logins = fixture.path("logins");
+    std::fs::write(&logins, format!(r#"{{"auths":{{"{address}":{{"auth":"dXNlcjpwYXNz"}}}}}}"#)).unwrap();
+    let mut options = PullOptions::default();
+    options.registry.login_file = Some(logins);
+    let reference: Reference = format!("{address}/a:1").parse().unwrap();
+    let error = fixture.store.pull(&reference, &options, &Silent).expect_err("there is no image");
+    assert!(chain(&error).contains("refuses access to `a`"), "{}", chain(&error));
+    assert_eq!(*asked.lock().unwrap(), [""; 0]);
 }
 
 #[test]
