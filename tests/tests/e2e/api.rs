@@ -215,7 +215,7 @@ fn requests_of_all_shapes_are_answered_as_described() {
     let url = format!("http://{address}/openapi.json");
     let checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance";
     let mut words =
-        vec!["run", &url, "--checks", checks, "--phases", "coverage,fuzzing", "--max-time", "90", "--seed", "1"];
+        vec!["run", &url, "--checks", checks, "--phases", "coverage,fuzzing", "--max-time", "60", "--seed", "1"];
     words.extend(["--max-examples", "5", "--request-timeout", "30", "--no-color", "--continue-on-failure"]);
     words.extend(LEFT_OUT.iter().flat_map(|path| ["--exclude-path", path]));
     // Its own errors say little in one line: all that it says is shown when it fails.
