@@ -37,6 +37,7 @@ struct Arguments {
     api: Option<i32>,
     lock: Option<i32>,
     born: bool,
+    again: bool,
     parent: Option<i32>,
 }
 
@@ -89,6 +90,7 @@ fn parse(mut words: impl Iterator<Item = OsString>) -> Result<Command> {
             Some("--jail") => return Ok(Command::Jail),
             Some("--version") => return Ok(Command::Version),
             Some(BORN) => arguments.born = true,
+            Some(restart::AGAIN) => arguments.again = true,
             Some("--config") => arguments.config = Some(PathBuf::from(value()?)),
             Some("--api-fd") => arguments.api = Some(number()?),
             Some("--lock-fd") => arguments.lock = Some(number()?),
@@ -132,7 +134,10 @@ fn run(arguments: Arguments, started: u64) -> Result<u8> {
         let lock = ManuallyDrop::new(take(number)?);
         lock::take(&*lock, Byte::Monitor).context("cannot lock the state directory")?;
     }
-    let config = arguments.read_config()?;
+    let mut config = arguments.read_config()?;
+    if let Some(container) = config.container.as_mut().filter(|_| arguments.again) {
+        container.wait_for_attach = false;
+    }
     let listener = arguments.api.map(inherited_listener).transpose()?;
     let parent = arguments.parent.map(take).transpose()?;
     // It leads out of the jail: for what goes wrong before that is entered.

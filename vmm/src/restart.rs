@@ -23,6 +23,9 @@ use thiserror::Error;
 /// Names the descriptor of the process that a monitor ends with.
 pub const PARENT: &str = "--parent-fd";
 
+/// Says that a container was started before: nobody attaches at its start.
+pub const AGAIN: &str = "--again";
+
 /// What groups that are made here are named, with the id of this process.
 const GROUP: &str = "vm-";
 /// The wait before the first restart; each later one is twice as long as the one before.
@@ -96,11 +99,11 @@ impl Above {
         Ok(above)
     }
 
-    fn start(&self, also: Option<(&str, &OwnedFd)>) -> Result<Born, RestartError> {
-        let number = also.map(|(_, descriptor)| descriptor.as_raw_fd().to_string());
-        let more = also.iter().map(|(flag, _)| OsStr::new(*flag)).chain(number.iter().map(OsStr::new));
+    fn start(&self, flag: Option<&str>, also: Option<&OwnedFd>) -> Result<Born, RestartError> {
+        let number = also.map(|descriptor| descriptor.as_raw_fd().to_string());
+        let more = flag.iter().map(OsStr::new).chain(number.iter().map(OsStr::new));
         let arguments: Vec<&OsStr> = self.arguments.iter().map(OsString::as_os_str).chain(more).collect();
-        let also = also.iter().map(|(_, descriptor)| descriptor.as_fd());
+        let also = also.iter().map(|descriptor| descriptor.as_fd());
         let descriptors: Vec<BorrowedFd<'_>> =
             self.inherited.iter().chain(&self.lock).map(OwnedFd::as_fd).chain(also).collect();
         let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
@@ -121,7 +124,7 @@ impl Above {
     /// [`RestartError`].
     pub fn once(&self) -> Result<Option<u8>, RestartError> {
         let us = pidfd_open(getpid(), PidfdFlags::empty()).map_err(system("open itself"))?;
-        wait(&self.start(Some((PARENT, &us)))?)
+        wait(&self.start(Some(PARENT), Some(&us))?)
     }
 
     /// Runs monitors until the policy has it no more. Gives the last exit code. The policy is the one that stands in `config`
@@ -133,10 +136,10 @@ impl Above {
         if let Some(lock) = &self.lock {
             lock::take(lock, Byte::Supervisor).map_err(system("lock the state directory"))?;
         }
-        let (mut restarts, mut pause) = (0, FIRST_WAIT);
+        let (mut restarts, mut pause, mut flag) = (0, FIRST_WAIT, None);
         loop {
             let began = Instant::now();
-            let code = wait(&self.start(None)?)?;
+            let code = wait(&self.start(flag, None)?)?;
             // A record that cannot be read is none: the monitor was killed, or the disk is full.
             let end = record::read(folder.path()).unwrap_or(None);
             // Before they are counted: the policy means failures in a row.
@@ -153,7 +156,7 @@ impl Above {
             if !stays {
                 return Ok(code.unwrap_or(api::control::EXIT_FAILED));
             }
-            (restarts, pause) = (restarts + 1, (pause * 2).min(LONGEST_WAIT));
+            (restarts, pause, flag) = (restarts + 1, (pause * 2).min(LONGEST_WAIT), Some(AGAIN));
             // It is running again: how it ended before is not how it is. There may be none.
             let _ = folder.remove(record::NAME);
         }

@@ -1,6 +1,7 @@
 //! State that survives: whoever is killed when, the next verb tells the truth and nothing is left.
 
 use std::fs;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use tests::process::{LIMIT, ends, kill, watch};
@@ -41,7 +42,7 @@ fn a_command_that_is_killed_anywhere_leaves_the_truth() {
     // From the first system calls of the command to a running container.
     for milliseconds in [5, 20, 60, 150, 400, 900, 2500] {
         let running = sandbox.cofferdam(["run", "-d", "--name", "early", &image, "sleep", "1000"]).start();
-        std::thread::sleep(std::time::Duration::from_millis(milliseconds));
+        std::thread::sleep(Duration::from_millis(milliseconds));
         kill(running.pid(), Signal::KILL);
         let _ = running.end();
         let told = sandbox.cofferdam(["ps", "-a", "--format", "name,state"]).end();
@@ -102,6 +103,22 @@ fn a_policy_in_the_foreground_ends_with_its_reader() {
     assert_eq!((ended.text(), ended.stderr.as_str()), ("y\ny\n", "141\n"));
     assert!(sandbox.monitors().is_empty());
     assert_eq!(sandbox.cofferdam(["rm", "loop"]).end().succeeded(), "loop\n");
+}
+
+/// As the first life's for whoever starts it, which would take 30 s.
+#[test]
+fn the_output_of_later_lives_is_held_for_nobody() {
+    let sandbox = Sandbox::new();
+    let image = Sandbox::reference("busybox");
+    let flags = ["run", "--restart", "on-failure:2", "--name", "thrice"];
+    let words = flags.into_iter().chain([image.as_str(), "sh", "-c", "echo life; exit 3"]);
+    let first = sandbox.cofferdam(words).end();
+    assert_eq!((first.text(), first.code()), ("life\n", 3), "{first:?}");
+    let began = Instant::now();
+    tests::until("its last end", || sandbox.monitors().is_empty().then_some(()));
+    assert!(began.elapsed() < Duration::from_secs(25), "{:?}", began.elapsed());
+    assert_eq!(sandbox.cofferdam(["logs", "thrice"]).end().succeeded(), "life\n".repeat(3));
+    assert_eq!(sandbox.cofferdam(["rm", "thrice"]).end().succeeded(), "thrice\n");
 }
 
 #[test]
@@ -165,7 +182,7 @@ fn a_detached_start_can_be_cancelled() {
     let running = sandbox.cofferdam(["run", "-d", "--rm", &image, "sleep", "1000"]).start();
     // The guest takes much longer to boot than a process to be started.
     while sandbox.monitors().is_empty() {
-        std::thread::sleep(std::time::Duration::from_millis(1));
+        std::thread::sleep(Duration::from_millis(1));
     }
     running.signal(Signal::TERM);
     let ended = running.end();
