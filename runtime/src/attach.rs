@@ -27,7 +27,7 @@ use crate::terminal::{self, RawMode, TerminalError};
 const PIECE: usize = 64 << 10;
 /// How long the end of a process may take to be told after its output has broken off.
 const END: Duration = Duration::from_secs(2);
-/// How long a signal may take to reach a process: whoever sits at the terminal can do nothing else meanwhile.
+/// How long a signal or a size may take to reach a process before nobody waits for it.
 const SENT: Duration = Duration::from_secs(5);
 
 /// Why we cannot be a front end any more.
@@ -130,7 +130,7 @@ impl Attached {
                 },
                 Ok(()) = &mut self.detached, if !self.detached.is_terminated() => return Ok(Followed::Detached),
                 signal = signals.next() => {
-                    let signal = signal.map_err(receiving)?;
+                    let signal = signal.map_err(system("receive signals"))?;
                     if signals::cancels(signal) && passing.is_late() {
                         return Ok(Followed::Cancelled(signal));
                     }
@@ -150,7 +150,7 @@ impl Attached {
                 output = &mut self.output => break output.ok(),
                 Ok(()) = &mut self.detached, if !self.detached.is_terminated() => return Ok(Followed::Detached),
                 signal = signals.next() => {
-                    let signal = signal.map_err(receiving)?;
+                    let signal = signal.map_err(system("receive signals"))?;
                     if signals::cancels(signal) {
                         return Ok(Followed::Cancelled(signal));
                     }
@@ -170,10 +170,6 @@ impl Attached {
             let _ = tokio::time::timeout(SENT, resize(client, &self.path)).await;
         }
     }
-}
-
-fn receiving(source: io::Error) -> AttachError {
-    AttachError::System { step: "receive signals", source }
 }
 
 /// Gives a process's terminal the size of ours.

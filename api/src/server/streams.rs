@@ -166,6 +166,9 @@ impl Streams {
 
     /// Lets go of output that nobody attaches to for [`HOLD_LIMIT`].
     pub fn release_in_time(self: &Arc<Self>) {
+        if !*self.held.borrow() {
+            return;
+        }
         let streams = Arc::clone(self);
         tokio::spawn(async move {
             let mut held = streams.held.subscribe();
