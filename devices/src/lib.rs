@@ -8,6 +8,7 @@
 //! - [`mmio`]: the virtio-mmio transport; owns the queues and drives the device from the event loop.
 //! - [`balloon`], [`blk`], [`console`], [`fs`], [`mem`], [`net`], [`pmem`], [`rng`], [`vsock`]: one device a file or folder,
 //!   each in the same order: what it is, its limits, its errors, the device, its request processing, its tests.
+//! - [`generation`]: which VM this is, not a virtio device.
 //! - [`reclaim`]: giving guest memory back to the host.
 //! - [`state`]: what is kept of a device when its VM is saved.
 //! - [`limit`]: token buckets for devices that move data.
@@ -27,6 +28,7 @@ mod conformance;
 pub mod console;
 pub mod device;
 pub mod fs;
+pub mod generation;
 pub mod guest_io;
 pub mod interrupt;
 pub mod limit;

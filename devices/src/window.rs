@@ -64,9 +64,14 @@ impl Window {
     /// Has fields of the configuration space read as `value`, each word of it at once: drivers read the shorter fields without
     /// looking at the generation. They must lie within [`CONFIGURATION_LENGTH`], and begin and end with a word.
     pub(crate) fn put_configuration(&self, offset: u64, value: &[u8]) {
+        self.put_words(CONFIGURATION_SPACE + offset, value);
+    }
+
+    /// Has the words from `offset` on read as `value`, each of them at once.
+    pub(crate) fn put_words(&self, offset: u64, value: &[u8]) {
         let (words, rest) = value.as_chunks::<4>();
-        debug_assert!(rest.is_empty(), "fields are words");
-        for (word, at) in words.iter().zip((CONFIGURATION_SPACE + offset..).step_by(4)) {
+        debug_assert!(rest.is_empty(), "what is put is words");
+        for (word, at) in words.iter().zip((offset..).step_by(4)) {
             self.put(at, u32::from_le_bytes(*word));
         }
     }
