@@ -2,6 +2,7 @@
 //! any order. Time is not waited for: it goes on when nothing else does, so that every deadline is part of an input.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
 use std::os::linux::net::SocketAddrExt as _;
@@ -11,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use api::folder::Folder;
-use api::model::{Balloon, Device, VmBoot};
+use api::model::{Balloon, Device, Generation, VmBoot};
 use api::server::{DeviceFigures, Machine, Plugged, Setup, guest_end, run_here};
 use protocol::frame::{Decoder, MAX_FROM_AGENT, MAX_FROM_HOST, encode};
 use protocol::{Answer, Call, FromAgent, Request};
@@ -42,6 +43,7 @@ struct Host {
     offers: BTreeMap<u32, UnixStream>,
     balloon_mib: u32,
     plugged: Plugged,
+    generation: u32,
 }
 
 impl Monitor {
@@ -102,6 +104,15 @@ impl Machine for Monitor {
 
     fn ask_statistics(&self, heard: Box<dyn FnOnce() + Send>) {
         heard();
+    }
+
+    fn generation(&self) -> Option<Generation> {
+        Some(Generation { id: format!("{:032x}", self.host().generation) })
+    }
+
+    fn renew_generation(&self) -> io::Result<()> {
+        self.host().generation += 1;
+        Ok(())
     }
 }
 
@@ -374,6 +385,8 @@ const REQUESTS: &[(&str, &str)] = &[
     ("GET", "/v1/vm/console"),
     ("GET", "/v1/vm/balloon"),
     ("PATCH", "/v1/vm/balloon"),
+    ("GET", "/v1/vm/generation"),
+    ("POST", "/v1/vm/generation"),
     ("POST", "/v1/vm/pause"),
     ("POST", "/v1/vm/resume"),
     ("POST", "/v1/vm/shutdown"),

@@ -99,6 +99,8 @@ pub fn vm((vcpus, memory_mib): (u8, u32), kernel: PathBuf, initramfs: PathBuf, i
         filesystems: Vec::new(),
         // Each device is probed while the guest boots, and a page that is given back faults when it is wanted again.
         balloon: false,
+        // A guest finds its devices faster without the devicetree that this is in.
+        generation_id: false,
         vsock: Vec::new(),
         vsock_socket: None,
         vsock_limits: None,

@@ -23,6 +23,10 @@ pub const PAGE_TABLES: u64 = 0x9000;
 pub const COMMAND_LINE: u64 = 0x2_0000;
 /// The longest kernel command line, its final NUL included (x86 `COMMAND_LINE_SIZE`).
 pub const COMMAND_LINE_SIZE: usize = 2048;
+/// The devicetree, if there is one, as setup data of the boot protocol.
+pub const DEVICE_TREE: u64 = 0x3_0000;
+/// Where its place ends.
+pub const DEVICE_TREE_END: u64 = 0x4_0000;
 /// The MP table, at the end of conventional memory.
 pub const MP_TABLE: u64 = 0x9_fc00;
 /// The end of conventional memory and of the MP table.

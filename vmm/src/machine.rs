@@ -15,6 +15,7 @@ use api::config::{DEVICES_MAX, VmConfig};
 use devices::GuestMemory;
 use devices::console::ConsoleOutput;
 use devices::device::Loop;
+use devices::generation::GenerationId;
 use devices::mmio::MmioDevice;
 use devices::serial::Serial;
 use devices::window::Windows;
@@ -26,7 +27,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::attach::memory::{Arranged, Controls};
 use crate::attach::{self, Opened};
-use crate::boot::{command_line, kernel, mp_table, registers, zero_page};
+use crate::boot::{command_line, device_tree, kernel, mp_table, registers, zero_page};
 use crate::cpuid;
 use crate::layout::{self, IRQ_LAST, PAGE, SERIAL_IRQ, VIRTIO_IRQ};
 use crate::memory::{self, MemoryError};
@@ -78,6 +79,9 @@ pub enum MachineError {
     /// The command line is too long.
     #[error("the kernel command line is longer than {} bytes", layout::COMMAND_LINE_SIZE)]
     CommandLine(#[source] linux_loader::cmdline::Error),
+    /// The devicetree cannot be made.
+    #[error("cannot make the devicetree")]
+    DeviceTree(#[source] vm_fdt::Error),
     /// There is nowhere to read devices in.
     #[error("cannot make the registers of devices")]
     Windows(#[source] io::Error),
@@ -108,6 +112,8 @@ pub struct Machine {
     pub console: ConsoleOutput,
     /// What can be done with its memory.
     pub(crate) memory: Controls,
+    /// Which one it is, if its guest is to know.
+    pub(crate) generation: Option<Arc<GenerationId>>,
     /// The VM itself, to be held as long as it runs.
     pub vm: Arc<VmFd>,
 }
@@ -144,13 +150,14 @@ pub fn build(
     let console = ConsoleOutput::new(echo_console);
     let devices =
         attach::devices(config, &vm, &windows, memory, Opened { drives, taps, exports, ports, socket }, &console)?;
+    let generation = config.generation_id.then(|| attach::generation(&vm, &windows, devices.len())).transpose()?;
     let event_loop = |device: &Arc<Mutex<MmioDevice>>| lock(device).event_loop();
     let loops = devices.iter().map(event_loop).collect();
     let serial = config.serial.then(|| Arc::new(Mutex::new(Serial::new(console.clone()))));
     describe(config, &guest, devices.len(), initramfs)?;
     let vcpus = add_vcpus(&kvm_device, &vm, &guest, config.vcpus, kernel.entry)?;
     populating.finish();
-    Ok(Machine { vcpus, bus: Bus::new(devices, serial), loops, console, memory: controls, vm })
+    Ok(Machine { vcpus, bus: Bus::new(devices, serial), loops, console, memory: controls, generation, vm })
 }
 
 fn add_memory(vm: &VmFd, memory: &Arranged, windows: &Windows) -> Result<(), MachineError> {
@@ -186,12 +193,18 @@ fn describe(
 ) -> Result<(), MachineError> {
     let initramfs = initramfs.map(|initramfs| initramfs.copy(guest)).transpose()?;
     let pluggable = config.memory_max_mib.is_some();
-    let line = command_line::build(devices, config.serial, pluggable, &config.command_line);
+    // A kernel looks for devices in one place.
+    let named = if config.generation_id { 0 } else { devices };
+    let line = command_line::build(named, config.serial, pluggable, &config.command_line);
     let line = line.map_err(MachineError::CommandLine)?;
     let line = line.as_cstring().map_err(MachineError::CommandLine)?;
     let line = line.as_bytes_with_nul();
     memory::write(guest, line, layout::COMMAND_LINE)?;
-    zero_page::write(guest, u32::try_from(line.len()).unwrap_or(u32::MAX), initramfs)?;
+    let tree = config.generation_id.then_some(layout::DEVICE_TREE);
+    zero_page::write(guest, u32::try_from(line.len()).unwrap_or(u32::MAX), initramfs, tree)?;
+    if tree.is_some() {
+        return device_tree::write(guest, config.vcpus, devices);
+    }
     Ok(mp_table::write(guest, config.vcpus, irqs(devices, config.serial))?)
 }
 

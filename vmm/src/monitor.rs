@@ -15,10 +15,11 @@ use std::{io, thread};
 
 use api::config::{FilesystemConfig, LaunchConfig, VmConfig};
 use api::folder::Folder;
-use api::model::{Balloon, Device, VmBoot};
+use api::model::{Balloon, Device, Generation, VmBoot};
 use api::server::{self, DeviceFigures, Outcome, Plugged, Server, Setup};
 use api::session::{chain, now};
 use devices::device::Loop;
+use devices::generation::{self, GenerationId};
 use devices::vsock::ports::HostPorts;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use jailer::{Entered, Jail, JailError, Tree};
@@ -186,13 +187,14 @@ pub fn run(
         let (sender, guest_ended) = server::guest_end();
         flushing = Some(sender);
         let (bus, console, memory) = (machine.bus.clone(), machine.console.clone(), machine.memory.clone());
+        let generation = machine.generation.clone();
         let figures = bus.devices.iter().enumerate().map(|(index, device)| {
             let device = vcpu::lock(device);
             DeviceFigures { kind: device.kind(), index, figures: device.metrics() }
         });
         let figures = Mutex::new(figures.collect());
         let (ports, vcpus) = (ports.clone(), Arc::clone(&vcpus));
-        let handle = Handle { pid, statm, bus, figures, console, memory, ports, vcpus };
+        let handle = Handle { pid, statm, bus, figures, console, memory, generation, ports, vcpus };
         let LaunchConfig { vm, container, .. } = config;
         let machine: Arc<dyn server::Machine> = Arc::new(handle);
         let setup = Setup { config: vm, container, listener, folder, machine, agent, boot, guest_ended };
@@ -366,6 +368,7 @@ struct Handle {
     figures: Mutex<Vec<DeviceFigures>>,
     console: devices::console::ConsoleOutput,
     memory: Controls,
+    generation: Option<Arc<GenerationId>>,
     ports: HostPorts,
     vcpus: Arc<Threads>,
 }
@@ -413,7 +416,12 @@ impl server::Machine for Handle {
                 known.figures = device.metrics();
             }
         }
-        figures.clone()
+        let mut figures = figures.clone();
+        if let Some(generation) = &self.generation {
+            let changes = ("changes", generation.now().1);
+            figures.push(DeviceFigures { kind: "generation_id", index: figures.len(), figures: vec![changes] });
+        }
+        figures
     }
 
     fn offer(&self, port: u32, stream: UnixStream) {
@@ -445,6 +453,19 @@ impl server::Machine for Handle {
             balloon.ask(heard);
         }
     }
+
+    fn generation(&self) -> Option<Generation> {
+        self.generation.as_ref().map(|generation| Generation { id: hexadecimal(generation.now().0) })
+    }
+
+    fn renew_generation(&self) -> io::Result<()> {
+        self.generation.as_ref().map_or(Ok(()), |generation| generation.renew())
+    }
+}
+
+/// The digits of a number that begins with these bytes.
+fn hexadecimal(bytes: [u8; generation::LENGTH]) -> String {
+    format!("{:032x}", u128::from_be_bytes(bytes))
 }
 
 /// Records in a container's folder that it ended before it could begin, or that nobody could serve it any more.

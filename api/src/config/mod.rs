@@ -132,6 +132,10 @@ pub struct VmConfig {
     /// Whether the guest can give memory up, and reports memory that it does not use for now: both are the host's then.
     #[serde(default)]
     pub balloon: bool,
+    /// Whether the guest is told which VM it is, by a VM generation ID, and hears when it is another one (`/v1/vm/generation`).
+    /// It then finds all of its devices in a devicetree: the kernel needs `CONFIG_OF`.
+    #[serde(default)]
+    pub generation_id: bool,
     /// Ports of the host that the guest can connect to, besides those of the container's own session.
     #[serde(default)]
     pub vsock: Vec<PortConfig>,
@@ -255,8 +259,9 @@ impl VmConfig {
 
     /// How many devices it has: socket, entropy and console besides those that it names.
     fn devices(&self) -> usize {
-        let memory = usize::from(self.balloon) + usize::from(self.memory_max_mib.is_some());
-        3 + self.drives.len() + self.networks.len() + self.pmem.len() + self.filesystems.len() + memory
+        let asked = [self.balloon, self.memory_max_mib.is_some(), self.generation_id];
+        let asked = asked.into_iter().filter(|asked| *asked).count();
+        3 + self.drives.len() + self.networks.len() + self.pmem.len() + self.filesystems.len() + asked
     }
 }
 

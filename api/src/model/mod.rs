@@ -14,4 +14,4 @@ pub use container::{
 pub use event::{Event, EventKind};
 pub use memory::{Balloon, BalloonStatistics, BalloonUpdate};
 pub use process::{HEADER_LENGTH, Process, ProcessCreate, ProcessState, Size, StreamKind, TROUBLE, WaitResult};
-pub use vm::{Device, Vm, VmBoot, VmState, VmUpdate};
+pub use vm::{Device, Generation, Vm, VmBoot, VmState, VmUpdate};

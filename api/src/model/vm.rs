@@ -64,6 +64,13 @@ pub struct Device {
     pub status: String,
 }
 
+/// Which VM a VM is: a number that another one has when it was copied or put back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Generation {
+    /// The 16 bytes that the guest reads, as 32 hexadecimal digits.
+    pub id: String,
+}
+
 /// When each part of a start was over: nanoseconds of the host's CLOCK_MONOTONIC unless stated otherwise, and 0 for what
 /// has not happened.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

@@ -12,6 +12,7 @@
 
 mod containers;
 mod files;
+mod generation;
 mod guest;
 mod log;
 mod machine;
@@ -44,7 +45,7 @@ use self::vm::Vm;
 use crate::config::{ContainerConfig, VmConfig};
 use crate::control::EXIT_FAILED;
 use crate::folder::Folder;
-use crate::model::{Balloon, ContainerState, ContainerStatus, Device, VmBoot, VmState};
+use crate::model::{Balloon, ContainerState, ContainerStatus, Device, Generation, VmBoot, VmState};
 use crate::record::End;
 use crate::session::{SessionError, chain, wall_clock_ns};
 
@@ -105,6 +106,13 @@ pub trait Machine: Send + Sync {
     /// Asks the guest for statistics of its memory. `heard` is called when there are new ones, by another thread; it is
     /// dropped when there will be none.
     fn ask_statistics(&self, heard: Box<dyn FnOnce() + Send>);
+    /// Which VM this is, if its guest is told.
+    fn generation(&self) -> Option<Generation>;
+    /// Tells the guest that it is another VM from now on.
+    ///
+    /// # Errors
+    /// The system does not let it: the guest goes on as the one that it was.
+    fn renew_generation(&self) -> io::Result<()>;
 }
 
 /// Memory beside that which a VM was booted with.

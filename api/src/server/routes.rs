@@ -18,7 +18,7 @@ use utoipa::OpenApi;
 
 use super::problem::{Problem, ProblemKind, arrives};
 use super::streams::Attachment;
-use super::{Shared, containers, files, machine, memory, processes};
+use super::{Shared, containers, files, generation, machine, memory, processes};
 
 /// The longest body of a request that is no archive: a container with the arguments and the environment of its program.
 pub(super) const BODY_MAX: usize = 4 << 20;
@@ -47,6 +47,8 @@ const DOCUMENT: &str = include_str!("../../openapi.json");
         machine::metrics,
         memory::show,
         memory::update,
+        generation::show,
+        generation::renew,
         containers::list,
         containers::create,
         containers::show,
@@ -76,7 +78,7 @@ const DOCUMENT: &str = include_str!("../../openapi.json");
 struct Document;
 
 /// Every path that is described, and who answers there.
-fn paths() -> [(&'static str, MethodRouter<Shared>); 28] {
+fn paths() -> [(&'static str, MethodRouter<Shared>); 29] {
     // Archives have no length limit: they are passed on piece by piece.
     let archives = get(files::copy_out).put(files::copy_in).layer(DefaultBodyLimit::disable());
     [
@@ -87,6 +89,7 @@ fn paths() -> [(&'static str, MethodRouter<Shared>); 28] {
         ("/v1/vm/shutdown", post(machine::shutdown)),
         ("/v1/vm/console", get(machine::console)),
         ("/v1/vm/balloon", get(memory::show).patch(memory::update)),
+        ("/v1/vm/generation", get(generation::show).post(generation::renew)),
         ("/v1/events", get(machine::events)),
         ("/v1/metrics", get(machine::metrics)),
         ("/v1/containers", get(containers::list).post(containers::create)),

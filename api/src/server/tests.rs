@@ -44,6 +44,12 @@ impl Machine for Nothing {
     }
     fn set_balloon(&self, _: u32) {}
     fn ask_statistics(&self, _: Box<dyn FnOnce() + Send>) {}
+    fn generation(&self) -> Option<Generation> {
+        None
+    }
+    fn renew_generation(&self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// A server that ends with this value.

@@ -12,6 +12,7 @@ mod exec;
 mod exit_codes;
 mod faults;
 mod filesystem;
+mod generation;
 mod hostile;
 mod hostile_guest;
 mod images;

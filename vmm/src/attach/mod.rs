@@ -16,6 +16,7 @@ use devices::balloon::Balloon;
 use devices::blk::Blk;
 use devices::console::{Console, ConsoleOutput};
 use devices::device::VirtioDevice;
+use devices::generation::GenerationId;
 use devices::interrupt::{Interrupt, Line};
 use devices::mem::Mem;
 use devices::mmio::{INTERRUPT_ACK, MmioDevice, QUEUE_NOTIFY};
@@ -104,6 +105,21 @@ pub(crate) fn devices(
             Ok(Arc::new(Mutex::new(device)))
         })
         .collect()
+}
+
+/// Makes the generation ID, in the window and with the pin behind those of the `virtio` devices.
+///
+/// # Errors
+/// [`MachineError`] names it, or what KVM refused.
+pub(crate) fn generation(vm: &VmFd, windows: &Windows, virtio: usize) -> Result<Arc<GenerationId>, MachineError> {
+    let failed = |source| MachineError::Device { device: "generation ID", source };
+    let none = || failed(io::Error::other("there are too many devices"));
+    let window = windows.window(virtio).ok_or_else(none)?;
+    let pin = u32::try_from(virtio).ok().and_then(|index| VIRTIO_IRQ.checked_add(index)).ok_or_else(none)?;
+    let changed = EventFd::new(EFD_NONBLOCK).map_err(failed)?;
+    // Whoever changes it may not interrupt the guest by himself, and it is not often.
+    vm.register_irqfd(&changed, pin).map_err(kvm("connect the generation ID's interrupt"))?;
+    GenerationId::new(window, changed).map(Arc::new).map_err(failed)
 }
 
 /// A pin of the VM's I/O APIC, which the guest uses for edges.

@@ -25,7 +25,7 @@ const WITH_SERIAL: &str = "reboot=t panic=-1 earlyprintk=serial console=hvc0 ign
 /// out of the way as the ratio to other memory asks for, so that it can be unplugged again.
 const WITH_PLUGGABLE: &str = "memhp_default_state=online memory_hotplug.online_policy=auto-movable";
 
-/// Builds the command line of a guest with `devices` virtio windows, and with memory that can be plugged if it is
+/// Builds the command line of a guest that is to find `devices` virtio windows by it, and with memory that can be plugged if it is
 /// `pluggable`.
 ///
 /// # Errors

@@ -16,11 +16,17 @@ const HEADER_MAGIC: u32 = u32::from_le_bytes(*b"HdrS");
 /// The kernel may be loaded at any multiple of 16 MiB.
 const KERNEL_ALIGNMENT: u32 = 0x0100_0000;
 
-/// Writes the zero page. `initramfs` is its address and length.
+/// Writes the zero page. `initramfs` is its address and length, `setup_data` the address of the first (`struct setup_data`), if
+/// there is any.
 ///
 /// # Errors
 /// When guest memory ends before the zero page does.
-pub fn write(guest: &GuestMemory, command_line_length: u32, initramfs: Option<(u32, u32)>) -> Result<(), MemoryError> {
+pub fn write(
+    guest: &GuestMemory,
+    command_line_length: u32,
+    initramfs: Option<(u32, u32)>,
+    setup_data: Option<u64>,
+) -> Result<(), MemoryError> {
     let mut page = boot_params::default();
     page.hdr.type_of_loader = LOADER_UNDEFINED;
     page.hdr.boot_flag = BOOT_FLAG;
@@ -28,6 +34,7 @@ pub fn write(guest: &GuestMemory, command_line_length: u32, initramfs: Option<(u
     page.hdr.kernel_alignment = KERNEL_ALIGNMENT;
     page.hdr.cmd_line_ptr = COMMAND_LINE as u32;
     page.hdr.cmdline_size = command_line_length;
+    page.hdr.setup_data = setup_data.unwrap_or(0);
     if let Some((address, length)) = initramfs {
         page.hdr.ramdisk_image = address;
         page.hdr.ramdisk_size = length;
