@@ -80,9 +80,15 @@ enum Task {
     /// Measure devices on what a prepared root holds, and leave the result in a folder
     #[command(hide = true)]
     BenchMeasureIo(bench::MeasureIoArgs),
-    /// Inside the lab: hold a VM, so that KVM always has one
+    /// Inside the lab: hold what has to stay
     #[command(hide = true)]
     LabHold,
+    /// Inside the lab: tell a port that all CPUs go on
+    #[command(hide = true)]
+    LabPulse {
+        /// The port's device node
+        port: PathBuf,
+    },
     /// Inside the lab: pass standard input on to a port and print how many bytes that were
     #[command(hide = true)]
     LabRelay {
@@ -119,6 +125,7 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Deny => test::deny()?,
         Task::Advisories => test::advisories()?,
         Task::LabHold => lab::hold()?,
+        Task::LabPulse { port } => lab::pulse(&port)?,
         Task::LabRelay { port } => println!("{}", lab::relay(&port)?),
     }
     Ok(ExitCode::SUCCESS)

@@ -1,19 +1,27 @@
-//! Inside the lab: one VM that is never run and never closed.
+//! Inside the lab: what has to stay so that its kernel does not rewrite its own code while it runs.
 //!
-//! With the first VM, and again after the last one, KVM switches static keys, and Linux rewrites the scheduler's code for
-//! them while other CPUs execute it, by way of a breakpoint. QEMU 7.2 with a thread per CPU may keep a translation that has
-//! the breakpoint in it: a CPU that runs into it takes the exception again and again, with interrupts off, for ever. With a
-//! VM that stays the code is rewritten once, before anything else runs.
+//! Linux switches static keys by rewriting code that other CPUs execute, by way of a breakpoint. QEMU 7.2 with a thread per CPU
+//! may keep a translation that has the breakpoint in it: a CPU that runs into it takes the exception again and again, with
+//! interrupts off, for ever. The scheduler has such keys for the first VM and the last one, and for the first control group
+//! whose CPU time is limited and the last one (a machine that did nothing but set and lift such a limit stood still after 43
+//! times; with a limit that stays, it went on). So there is one of each from before anything else runs.
 //!
 //! Compiled system call filters are rewritten code of the same kind: `session.sh` has them interpreted.
 
+use std::fs;
 use std::io::Write as _;
 
 use anyhow::{Context, Result};
 use kvm_ioctls::Kvm;
 
-/// Makes the VM, says so on standard output, and holds it until this process is ended.
+/// The control group: nothing is ever in it.
+const GROUP: &str = "/sys/fs/cgroup/lab-held";
+
+/// Makes a VM and a limited control group, says so on standard output, and holds them until this process is ended.
 pub fn hold() -> Result<()> {
+    fs::create_dir(GROUP)
+        .and_then(|()| fs::write(format!("{GROUP}/cpu.max"), "100000 100000"))
+        .with_context(|| format!("cannot limit the CPU time of the control group {GROUP}"))?;
     let kvm = Kvm::new().context("cannot open /dev/kvm")?;
     let vm = kvm.create_vm().context("cannot create a VM")?;
     vm.create_irq_chip().context("cannot create interrupt controllers")?;

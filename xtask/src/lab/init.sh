@@ -30,8 +30,6 @@ mount -t mqueue mqueue /new/dev/mqueue
 [ -e /new/dev/net/tun ] || mknod -m 666 /new/dev/net/tun c 10 200
 [ -e /new/dev/fuse ] || mknod -m 666 /new/dev/fuse c 10 229
 [ -e /new/dev/loop-control ] || mknod -m 660 /new/dev/loop-control c 10 237
-# As distributions have it that let every user run guests.
-chmod 666 /new/dev/kvm
 ln -sf /proc/self/fd /new/dev/fd
 ln -sf fd/0 /new/dev/stdin
 ln -sf fd/1 /new/dev/stdout

@@ -9,11 +9,14 @@
 //! | stdin | to the lab | bytes; a half-closed socket is the end of the stream |
 //! | stdout, stderr | from the lab | bytes |
 //! | control | from the lab | `up`, then `exit CODE BYTES-OF-STDOUT BYTES-OF-STDERR` |
+//! | pulse | from the lab | a byte every few seconds, as long as all of the machine's CPUs go on |
 //!
-//! The byte counts say when both streams have arrived completely; QEMU is ended then.
+//! The byte counts say when both streams have arrived completely; QEMU is ended then. It is ended as well when there is no pulse
+//! any more.
 
 mod hold;
 mod machine;
+mod pulse;
 mod relay;
 
 use std::ffi::OsString;
@@ -31,6 +34,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 pub use hold::hold;
+pub use pulse::pulse;
 pub use relay::relay;
 
 use machine::{Machine, Session};
@@ -41,6 +45,8 @@ const CPU: &str = "max,+svm,+npt,-vgif,-v-vmsave-vmload";
 
 /// The exit code when the time limit ended the command, as `timeout(1)` has it.
 const TIMED_OUT: u8 = 124;
+/// How long a machine may be without a pulse; it takes less than that to come up, too.
+const STILL: Duration = Duration::from_secs(180);
 /// How much of the machine's console is kept to be shown when it does not come up.
 const CONSOLE_KEPT: usize = 32 * 1024;
 
@@ -86,6 +92,8 @@ enum Event {
     Exit { code: u8, written: [u64; 2] },
     /// So many bytes have been passed on from stream 0 (stdout) or 1 (stderr).
     Passed { stream: usize, total: u64 },
+    /// All of the machine's CPUs go on.
+    Pulse,
     /// Our own standard output or error takes no more.
     ReaderGone,
     /// QEMU ended.
@@ -94,7 +102,6 @@ enum Event {
 
 /// Runs a command in the lab; the exit code is the command's.
 pub fn run(args: &LabArgs) -> Result<ExitCode> {
-    let deadline = Instant::now() + Duration::from_secs(args.timeout.into());
     let machine = Machine::prepare()?;
     let out = machine::out_folder(args.out.clone())?;
     let folder = match &args.folder {
@@ -106,27 +113,59 @@ pub fn run(args: &LabArgs) -> Result<ExitCode> {
     let initramfs = scratch.path().join("initramfs.cpio");
     machine.write_initramfs(&initramfs, &Session { command: &args.command, folder: &folder, out: &out })?;
 
-    let [stdin, stdout, stderr, control] = listen(scratch.path())?;
+    let [stdin, stdout, stderr, control, pulse] = listen(scratch.path())?;
+    let patience = Patience::new(args);
     let mut qemu = start(args, &machine, &initramfs, scratch.path(), &out)?;
     let (events, inbox) = mpsc::channel();
     let console = watch_console(&mut qemu, events.clone())?;
     thread::spawn(move || send_stdin(&stdin));
     receive(stdout, io::stdout(), 0, events.clone());
     receive(stderr, io::stderr(), 1, events.clone());
+    let pulses = events.clone();
     thread::spawn(move || read_control(&control, &events));
+    thread::spawn(move || feel(&pulse, &pulses));
 
-    let result = supervise(&inbox, deadline, args.timeout, scratch, &console);
+    let result = supervise(&inbox, patience, scratch, &console);
     // Ended already, or of no use any more: the machine holds nothing that is not on the host by now.
     let _ = qemu.kill();
     let _ = qemu.wait();
     result
 }
 
+/// How long a machine is waited for.
+struct Patience {
+    /// The time limit of the command, in seconds.
+    limit: u32,
+    end: Instant,
+    /// When there was a pulse. None where time is counted in instructions: there is none, since it would be counted, too.
+    pulse: Option<Instant>,
+}
+
+impl Patience {
+    fn new(args: &LabArgs) -> Self {
+        let now = Instant::now();
+        let end = now + Duration::from_secs(args.timeout.into());
+        Self { limit: args.timeout, end, pulse: (!args.icount).then_some(now) }
+    }
+
+    /// The next event; None when the time limit is over.
+    fn next(&self, inbox: &Receiver<Event>) -> Result<Option<Event>> {
+        let until = self.pulse.map_or(self.end, |pulse| self.end.min(pulse + STILL));
+        match inbox.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            Ok(event) => Ok(Some(event)),
+            Err(RecvTimeoutError::Timeout) if until == self.end => Ok(None),
+            Err(RecvTimeoutError::Timeout) => {
+                bail!("the lab's machine stands still: no sign of life from one of its CPUs for {} s", STILL.as_secs())
+            }
+            Err(RecvTimeoutError::Disconnected) => bail!("the lab's streams ended without an exit code"),
+        }
+    }
+}
+
 /// Waits for the end of the command and of its streams, or for whatever comes before that.
 fn supervise(
     inbox: &Receiver<Event>,
-    deadline: Instant,
-    limit: u32,
+    mut patience: Patience,
     scratch: tempfile::TempDir,
     console: &Console,
 ) -> Result<ExitCode> {
@@ -135,24 +174,22 @@ fn supervise(
     let mut ended: Option<(u8, [u64; 2])> = None;
     let mut passed = [0u64; 2];
     loop {
-        let event = match inbox.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(event) => event,
-            Err(RecvTimeoutError::Timeout) => {
+        match patience.next(inbox).inspect_err(|_| console.show())? {
+            None => {
                 if scratch.is_some() {
                     console.show();
                 }
+                let limit = patience.limit;
                 eprintln!("lab: the time limit of {limit} s is over: ended (raise it with --timeout)");
                 return Ok(ExitCode::from(TIMED_OUT));
             }
-            Err(RecvTimeoutError::Disconnected) => bail!("the lab's streams ended without an exit code"),
-        };
-        match event {
-            Event::Up => drop(scratch.take()),
-            Event::Exit { code, written } => ended = Some((code, written)),
-            Event::Passed { stream, total } => passed[stream] = total,
+            Some(Event::Up) => drop(scratch.take()),
+            Some(Event::Exit { code, written }) => ended = Some((code, written)),
+            Some(Event::Passed { stream, total }) => passed[stream] = total,
+            Some(Event::Pulse) => patience.pulse = Some(Instant::now()),
             // As a program does that gets SIGPIPE.
-            Event::ReaderGone => return Ok(ExitCode::from(128 + 13)),
-            Event::Down => {
+            Some(Event::ReaderGone) => return Ok(ExitCode::from(128 + 13)),
+            Some(Event::Down) => {
                 console.show();
                 let when = if scratch.is_some() { "before it ran the command" } else { "while the command ran" };
                 bail!("the lab's machine ended {when}: its console is above");
@@ -174,13 +211,17 @@ fn smp(cpus: u8) -> u32 {
     u32::from(cpus) + 1
 }
 
-/// Sockets for the four ports, at which QEMU will connect.
-fn listen(folder: &Path) -> Result<[UnixListener; 4]> {
+/// The machine's ports.
+const PORTS: [&str; 5] = ["stdin", "stdout", "stderr", "control", "pulse"];
+
+/// Sockets for the ports, at which QEMU will connect.
+fn listen(folder: &Path) -> Result<[UnixListener; PORTS.len()]> {
     let one = |port: &str| {
         let path = folder.join(port);
         UnixListener::bind(&path).with_context(|| format!("cannot listen at {}", path.display()))
     };
-    Ok([one("stdin")?, one("stdout")?, one("stderr")?, one("control")?])
+    let [stdin, stdout, stderr, control, pulse] = PORTS;
+    Ok([one(stdin)?, one(stdout)?, one(stderr)?, one(control)?, one(pulse)?])
 }
 
 /// Starts QEMU, tied to this process's life.
@@ -203,7 +244,7 @@ fn start(args: &LabArgs, machine: &Machine, initramfs: &Path, sockets: &Path, ou
     ]);
     command.args(["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]);
     command.args(["-device", "virtio-serial-pci,max_ports=8"]);
-    for port in ["stdin", "stdout", "stderr", "control"] {
+    for port in PORTS {
         // QEMU's option syntax doubles commas in values.
         let path = sockets.join(port).to_string_lossy().replace(',', ",,");
         command.arg("-chardev").arg(format!("socket,id={port},path={path}"));
@@ -294,6 +335,16 @@ fn read_control(listener: &UnixListener, events: &Sender<Event>) {
         let Ok(line) = line else { return };
         let Some(event) = parse_control(&line) else { continue };
         if events.send(event).is_err() {
+            return;
+        }
+    }
+}
+
+/// Tells of each pulse.
+fn feel(listener: &UnixListener, events: &Sender<Event>) {
+    let Ok((mut from, _)) = listener.accept() else { return };
+    while let Ok(1) = from.read(&mut [0]) {
+        if events.send(Event::Pulse).is_err() {
             return;
         }
     }

@@ -18,12 +18,7 @@ const PIECE: usize = 32 * 1024;
 
 /// Copies standard input to `port` until its end and gives the number of bytes.
 pub fn relay(port: &Path) -> Result<u64> {
-    let flags = i32::try_from(OFlags::NONBLOCK.bits()).context("O_NONBLOCK does not fit")?;
-    let mut to = File::options()
-        .write(true)
-        .custom_flags(flags)
-        .open(port)
-        .with_context(|| format!("cannot open {}", port.display()))?;
+    let mut to = open(port)?;
     let mut from = io::stdin().lock();
     let mut buffer = vec![0; PIECE];
     let mut total = 0;
@@ -37,7 +32,15 @@ pub fn relay(port: &Path) -> Result<u64> {
     }
 }
 
-fn write(to: &mut File, mut bytes: &[u8]) -> Result<()> {
+/// Opens a port to be written to without blocking.
+pub fn open(port: &Path) -> Result<File> {
+    let flags = i32::try_from(OFlags::NONBLOCK.bits()).context("O_NONBLOCK does not fit")?;
+    let mut options = File::options();
+    options.write(true).custom_flags(flags).open(port).with_context(|| format!("cannot open {}", port.display()))
+}
+
+/// Writes all of `bytes` to what [`open`] gave.
+pub fn write(to: &mut File, mut bytes: &[u8]) -> Result<()> {
     while !bytes.is_empty() {
         match to.write(bytes) {
             Ok(0) => bail!("the port takes nothing"),

@@ -15,6 +15,7 @@ lab hostname lab
 printf '127.0.1.1 lab\n' >>/etc/hosts
 lab ifconfig lo up
 /sbin/modprobe kvm-amd || echo "lab: cannot load kvm-amd" >&2
+# As distributions have it that let every user run guests.
 lab chmod 666 /dev/kvm
 # Without cpuset: a process that is moved into a group of it gets all of the group's CPUs, the first one as well (see below).
 for controller in cpu io memory hugetlb pids misc; do
@@ -33,11 +34,12 @@ relays=$!
 relays="$relays $!"
 # Compiled filters are code that is written while other CPUs run what lies beside it (see lab/hold.rs): interpret them.
 { echo 0 >/proc/sys/net/core/bpf_jit_enable; } 2>/dev/null || :
-# Several CPUs need a VM that stays (see lab/hold.rs).
+# Several CPUs need things that stay (see lab/hold.rs), and are asked whether they go on.
 if [ "$(lab nproc)" -gt 1 ]; then
   lab mkfifo held
-  ./relay lab-hold >held 2>/dev/null &
+  ./relay lab-hold >held &
   read -r _ <held
+  ./relay lab-pulse pulse &
 fi
 # Guests may run on all CPUs but the first (see `smp` in lab/mod.rs).
 cpus=$(lab nproc)
