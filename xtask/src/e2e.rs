@@ -7,7 +7,6 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
@@ -83,12 +82,9 @@ pub fn jail() -> Result<ExitCode> {
         eprintln!("test: the tests of the jail ran under the control groups of this machine alone");
         return Ok(ExitCode::SUCCESS);
     }
-    // The unit tests' own programs, with the examples that try to break out.
-    let mut programs = programs(&["--workspace", "--exclude", PACKAGE])?;
-    programs.retain(|program| program.file_name().is_some_and(|name| name.as_bytes().starts_with(b"breakout-")));
-    ensure!(!programs.is_empty(), "there are no tests that break out of the jail");
+    // The examples are who tries to break out. Asked for as a part of the whole, they are what the unit tests compiled.
     let mut passed = true;
-    for program in programs {
+    for program in programs(&["--workspace", "--exclude", PACKAGE, "--test", "breakout", "--examples"])? {
         let harness = Harness { program, environment: &[] };
         passed &= harness.turn(harness.list()?)?;
     }
